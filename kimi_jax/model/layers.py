@@ -1,0 +1,121 @@
+"""Building blocks: frozen weights, norms, and linear layers that may carry an adapter.
+
+Modules hold either the weights of one layer or, with a leading dimension, of a whole stack; the
+equations are those of one layer, applied inside a scan over the stack.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, LinearAdapter, PackedWeight
+from kimi_jax.lora import Adapter, AdapterPlan
+from kimi_jax.model.params import Weight, scale_shape
+
+DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
+
+
+class Base(nnx.Variable):
+    """A weight of the base model: imported, frozen, never differentiated."""
+
+
+def declare(weight: Weight) -> Base:
+    """The place of a weight that is stored as one floating array; its value comes later."""
+    return Base(jax.ShapeDtypeStruct(weight.stacked_shape, DTYPES[weight.storage]))
+
+
+class Norm(nnx.Module):
+    """RMSNorm: statistics in fp32, cast back, then times the weight, in HF's order of casts."""
+
+    def __init__(self, weight: Weight, eps: float) -> None:
+        self.weight = declare(weight)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
+        """x / rms(x) · weight."""
+        x32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return self.weight[...].astype(x.dtype) * (x32 * inverse_rms).astype(x.dtype)
+
+
+class _Adapted(nnx.Module):
+    """The adapter of a linear weight, absent when the plan does not name it."""
+
+    lora_A: nnx.LoRAParam | None
+    lora_B: nnx.LoRAParam | None
+
+    def _declare_adapter(self, adapter: Adapter | None) -> None:
+        shapes = adapter.shapes() if adapter else {}
+        place = {
+            name: nnx.LoRAParam(jax.ShapeDtypeStruct(s, jnp.float32)) for name, s in shapes.items()
+        }
+        self.lora_A = nnx.data(place.get("lora_A"))
+        self.lora_B = nnx.data(place.get("lora_B"))
+        self.scale_of_adapter = adapter.scale if adapter else 0.0
+
+
+class Linear(_Adapted):
+    """y = x · Wᵀ + alpha/rank · (x · Aᵀ) · Bᵀ, with W [out, in]."""
+
+    def __init__(self, weight: Weight, plan: AdapterPlan) -> None:
+        self.weight = declare(weight)
+        self._declare_adapter(plan.get(weight.path))
+
+    def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
+        """Activation dtype in and out; products are accumulated in fp32."""
+        y = _product(x, self.weight[...])
+        if (adapter := self.adapter) is not None:
+            low = _product(x, adapter.a).astype(x.dtype)
+            y += adapter.scale * _product(low, adapter.b)
+        return y.astype(x.dtype)
+
+    @property
+    def adapter(self) -> LinearAdapter | None:
+        """The adapter's factors, if there is one."""
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        return LinearAdapter(self.lora_A[...], self.lora_B[...], self.scale_of_adapter)
+
+    def merged(self, dtype: jnp.dtype) -> Float[Array, "out in"]:
+        """W + alpha/rank · B · A, for uses that need the matrix itself (the absorbed form of MLA)."""
+        weight = self.weight[...].astype(dtype)
+        if (adapter := self.adapter) is not None:
+            delta = adapter.scale * jnp.einsum("or,ri->oi", adapter.b, adapter.a)
+            weight = (weight.astype(jnp.float32) + delta).astype(dtype)
+        return weight
+
+
+class ExpertLinear(_Adapted):
+    """The same projection of every routed expert of a layer, packed int4 or bf16."""
+
+    def __init__(self, weight: Weight, plan: AdapterPlan) -> None:
+        packed = weight.storage == "int4"
+        shape = weight.stacked_shape
+        self.values = Base(jax.ShapeDtypeStruct(shape, jnp.int4)) if packed else None
+        self.scale = (
+            Base(jax.ShapeDtypeStruct(scale_shape(shape), jnp.bfloat16)) if packed else None
+        )
+        self.weight = None if packed else declare(weight)
+        self._declare_adapter(plan.get(weight.path))
+
+    @property
+    def grouped_weight(self) -> GroupedWeight:
+        """The weights as the kernels take them."""
+        if self.values is not None and self.scale is not None:
+            return PackedWeight(self.values[...], self.scale[...])
+        assert self.weight is not None
+        return self.weight[...]
+
+    @property
+    def adapter(self) -> GroupedAdapter | None:
+        """The adapters' factors, if there are any."""
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        return GroupedAdapter(self.lora_A[...], self.lora_B[...], self.scale_of_adapter)
+
+
+def _product(x: Array, weight_OI: Array) -> Array:
+    return jnp.einsum(
+        "...i,oi->...o", x, weight_OI.astype(x.dtype), preferred_element_type=jnp.float32
+    )

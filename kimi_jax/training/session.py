@@ -1,0 +1,28 @@
+"""What the parts of the training loop share."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from kimi_jax.config import RunConfig
+from kimi_jax.data.examples import Examples
+from kimi_jax.data.loader import Batches
+from kimi_jax.training.checkpoint import Checkpoints
+from kimi_jax.training.metrics import Metrics
+from kimi_jax.training.trainer import Trainer
+
+
+@dataclass
+class Session:
+    """One process's part of a run."""
+
+    trainer: Trainer
+    config: RunConfig
+    directory: Path
+    held_out: Examples | None
+    batches: Batches
+    checkpoints: Checkpoints
+    metrics: Metrics
+    console: Console
+    stop: dict[str, str] = field(default_factory=dict)  # "signal": name, once one has come

@@ -1,0 +1,118 @@
+"""The train step: pure functions of adapters, optimizer state, base and batch.
+
+The base is an argument that is not differentiated. Micro-batches are accumulated inside the step;
+their sums meet their common denominator once, before the update.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from kimi_jax.model.config import ModelConfig
+from kimi_jax.model.transformer import ModelDef
+from kimi_jax.training.loss import LossTerms, loss_terms
+
+Tree = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """What training changes: fp32 adapters, the optimizer's state, and the number of updates made."""
+
+    adapters: Tree
+    opt_state: Any
+    step: Array
+
+
+class Gradients(NamedTuple):
+    """Sums over micro-batches: Σ d loss_sum / d adapter, and the terms of the loss."""
+
+    sums: Tree
+    terms: LossTerms
+
+
+class StepMetrics(NamedTuple):
+    """Of one update: the mean loss before it, the gradient's norm before clipping, and more."""
+
+    loss: Array
+    weight_sum: Array
+    grad_norm: Array
+    expert_load: Array
+    finite: Array
+
+
+def init_state(
+    adapters: Mapping[str, Array], optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first update."""
+    copied = {path: jnp.array(value) for path, value in adapters.items()}
+    return TrainState(copied, optimizer.init(copied), jnp.zeros((), jnp.int32))
+
+
+def make_gradients(
+    model_def: ModelDef, chunk: int
+) -> Callable[[Tree, Mapping[str, Array], Mapping[str, Array]], Gradients]:
+    """`(adapters, base, batch [B, T]) -> Gradients` of one micro-batch. Not jitted."""
+
+    def loss(adapters: Tree, base: Any, batch: Any) -> tuple[Array, LossTerms]:
+        terms = loss_terms(model_def.bind(base, adapters), batch, chunk)
+        return terms.loss_sum, terms
+
+    def gradients(adapters: Tree, base: Any, batch: Any) -> Gradients:
+        (_, terms), sums = jax.value_and_grad(loss, has_aux=True)(adapters, base, batch)
+        return Gradients(sums, terms)
+
+    return gradients
+
+
+def no_gradients(config: ModelConfig, adapters: Mapping[str, Array]) -> Gradients:
+    """Those of no micro-batch at all: zeros of the shapes that `make_gradients` gives."""
+    loads = jnp.zeros((config.num_moe_layers, config.n_routed_experts), jnp.int32)
+    terms = LossTerms(jnp.zeros(()), jnp.zeros(()), loads)
+    return Gradients(jax.tree.map(jnp.zeros_like, dict(adapters)), terms)
+
+
+def make_update(
+    optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, Gradients], tuple[TrainState, StepMetrics]]:
+    """`(state, accumulated gradients) -> (state, metrics)`. Not jitted.
+
+    If the loss or the gradient is not finite, the state comes back as it was, to be looked at.
+    """
+
+    def update(state: TrainState, gradients: Gradients) -> tuple[TrainState, StepMetrics]:
+        terms = gradients.terms
+        means = jax.tree.map(lambda g: g / terms.weight_sum, gradients.sums)
+        grad_norm = optax.tree.norm(means)
+        loss = terms.loss_sum / terms.weight_sum
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(means, state.opt_state, state.adapters)
+        changed = TrainState(
+            cast(Tree, optax.apply_updates(state.adapters, updates)), opt_state, state.step + 1
+        )
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
+        return kept, StepMetrics(loss, terms.weight_sum, grad_norm, terms.expert_load, finite)
+
+    return update
+
+
+def make_train_step(
+    model_def: ModelDef, optimizer: optax.GradientTransformation, chunk: int
+) -> Callable[
+    [TrainState, Mapping[str, Array], Mapping[str, Array]], tuple[TrainState, StepMetrics]
+]:
+    """`(state, base, batch [micro-batches, B, T]) -> (state, metrics)`: jitted, the state donated."""
+    gradients, update = make_gradients(model_def, chunk), make_update(optimizer)
+
+    def step(state: TrainState, base: Any, batch: Any) -> tuple[TrainState, StepMetrics]:
+        def add(total: Gradients, micro_batch: Any) -> tuple[Gradients, None]:
+            one = gradients(state.adapters, base, micro_batch)
+            return jax.tree.map(jnp.add, total, one), None
+
+        total, _ = jax.lax.scan(add, no_gradients(model_def.config, state.adapters), batch)
+        return update(state, total)
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,9 +1,10 @@
 """The kernels by their contract; the implementation behind each can be chosen.
 
-`impl="auto"` picks among what runs here; a named implementation runs or raises.
+A named implementation runs or raises. `impl="auto"` is the reference throughout until the Hopper
+kernels' final form has been measured on a GPU (LOG.md, 2026-11-21).
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxtyping import Array, Float, Int
 
@@ -11,9 +12,10 @@ from kimi_jax.errors import UserError
 from kimi_jax.kernels.grouped_matmul import reference as grouped_reference
 from kimi_jax.kernels.linear_cross_entropy import reference as cross_entropy_reference
 from kimi_jax.kernels.mla_attention import reference as attention_reference
-from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, LinearAdapter
+from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, LinearAdapter, PackedWeight
 
 Implementation = Literal["auto", "reference"]
+GroupedImplementation = Literal["auto", "reference", "pallas", "scratch"]
 
 
 def grouped_matmul(
@@ -21,7 +23,7 @@ def grouped_matmul(
     weight: GroupedWeight,
     group_sizes_E: Int[Array, " E"],
     adapter: GroupedAdapter | None = None,
-    impl: Implementation = "auto",
+    impl: GroupedImplementation = "auto",
 ) -> Float[Array, "A out"]:
     """y[a] = x[a] · W[g(a)]ᵀ, plus the adapter of g(a), for rows sorted by group.
 
@@ -30,9 +32,22 @@ def grouped_matmul(
         weight: [E, out, in], packed int4 or floating.
         group_sizes_E: rows of each group, int32, known on the device only; they sum to A.
         adapter: factors of the groups; differentiable, as the rows are. Packed weights are not.
-        impl: which implementation.
+        impl: `reference`; `pallas`, which multiplies by packed int4 on Hopper GPUs; `scratch`, which
+            decodes all groups to bf16 there first and takes no adapter.
+
+    Raises:
+        UserError: an unknown implementation, or operands that the named one does not take.
     """
-    _check(impl)
+    _check(impl, GroupedImplementation)
+    # Imported when they are asked for: both bring in Mosaic GPU, which a CPU has no use for.
+    if impl == "pallas":
+        from kimi_jax.kernels.grouped_matmul import mosaic
+
+        return mosaic.grouped_matmul(x_AI, _packed(weight, impl), group_sizes_E, adapter)
+    if impl == "scratch":
+        from kimi_jax.kernels.grouped_matmul import scratch
+
+        return scratch.grouped_matmul(x_AI, _packed(weight, impl), group_sizes_E, adapter)
     return grouped_reference.grouped_matmul(x_AI, weight, group_sizes_E, adapter)
 
 
@@ -54,7 +69,7 @@ def attention(
         scale: of the scores, YaRN's multiplier included.
         impl: which implementation.
     """
-    _check(impl)
+    _check(impl, Implementation)
     return attention_reference.attention(q_BTNH, k_BTNH, v_BTNU, segment_ids_BT, scale)
 
 
@@ -78,7 +93,7 @@ def linear_cross_entropy(
         chunk: tokens at a time.
         impl: which implementation.
     """
-    _check(impl)
+    _check(impl, Implementation)
     return cross_entropy_reference.linear_cross_entropy(
         hidden_TD, weight_VD, targets_T, loss_weights_T, adapter, chunk
     )
@@ -87,6 +102,14 @@ def linear_cross_entropy(
 head_logits = cross_entropy_reference.head_logits
 
 
-def _check(impl: str) -> None:
-    if impl not in get_args(Implementation):
-        raise UserError(f"impl is {impl!r}; required: one of {', '.join(get_args(Implementation))}")
+def _check(impl: str, known: Any) -> None:
+    if impl not in get_args(known):
+        raise UserError(f"impl is {impl!r}; required: one of {', '.join(get_args(known))}")
+
+
+def _packed(weight: GroupedWeight, impl: str) -> PackedWeight:
+    if not isinstance(weight, PackedWeight):
+        raise UserError(
+            f"impl is {impl!r}, which multiplies by packed int4; the weight is not packed"
+        )
+    return weight

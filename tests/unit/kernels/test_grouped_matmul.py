@@ -16,7 +16,7 @@ def test_unknown_implementation_is_refused():
     """A named implementation runs or raises; it is never replaced by another in silence."""
     # Past the annotation, which only tests enforce.
     with pytest.raises(UserError, match=r"impl is 'fast'; required: one of auto, reference"):
-        api._check("fast")
+        api._check("fast", api.GroupedImplementation)
 
 
 def test_wrong_shapes_are_refused_by_the_annotations():

@@ -1,0 +1,96 @@
+"""What the Hopper kernels' pipelines share: shared-memory layouts, and the warpgroups' two roles."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from kimi_jax.kernels.grouped_matmul.lanes import CONTRACTION
+
+# Threads meet at barriers that the kernels place themselves.
+PARAMETERS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
+Accumulator = plgpu.WGMMAAccumulatorRef
+
+
+def swizzled(rows: int, columns: int, swizzle: int) -> tuple[Any, ...]:
+    """Transforms of shared memory in tiles of rows × columns, the columns filling the swizzle's bytes."""
+    tiling: Any = plgpu.TilingTransform
+    swizzling: Any = plgpu.SwizzleTransform
+    return tiling((rows, columns)), swizzling(swizzle)
+
+
+OPERAND = swizzled(8, CONTRACTION, 128)  # bf16 rows of 64 as WGMMA reads them
+
+
+def rows_memory(shape: tuple[int, ...], interpret: bool) -> Any:
+    """Shared memory for bf16 rows of 64 that are copied from anywhere, then multiplied.
+
+    The same bytes twice: tiled by 1 row for copies, which may then begin at any row, and by 8 for
+    WGMMA, which wants to be told so; in a tile as wide as the swizzle it makes no difference. The
+    interpreter knows no unions, and needs none.
+    """
+    any_row = plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled(1, CONTRACTION, 128))
+    multiplied = plgpu.SMEM(shape, jnp.bfloat16, transforms=OPERAND)
+    return multiplied if interpret else plgpu.RefUnion(any_row, multiplied)
+
+
+def both_views(ref: Any, interpret: bool) -> tuple[Any, Any]:
+    """`rows_memory` as copies write it and as WGMMA reads it."""
+    return (ref, ref) if interpret else tuple(ref)
+
+
+def interpreter(interpret: bool) -> Any:
+    """The `interpret` argument of a kernel."""
+    return plgpu.InterpretGPUParams() if interpret else None
+
+
+def share(items: Any, blocks: int, work: Callable[[Any, Any], Any]) -> None:
+    """Calls step = work(item, step) for every blocks-th item from this block's own, step from 0."""
+    first = lax.axis_index("block")
+    mine = lax.div(items - first + (blocks - 1), jnp.int32(blocks))
+    lax.fori_loop(0, mine, lambda n, step: work(first + n * blocks, step), jnp.int32(0))
+
+
+def specialise(
+    computing: int,
+    stages: int,
+    empty: Any,
+    move: Callable[[], None],
+    compute: Callable[[], None],
+    registers: tuple[int, int] | None = None,
+) -> None:
+    """The last warpgroup moves, the others compute.
+
+    Args:
+        computing: how many compute.
+        stages: of the pipeline; all are empty at first.
+        empty: barriers by which those that compute release a stage.
+        move: fills stages as they become empty.
+        compute: works on stages as they become full, and releases each.
+        registers: of a moving and of a computing thread.
+    """
+    is_mover = lax.axis_index("warpgroup") == computing
+
+    @pl.when(is_mover)
+    def _() -> None:
+        if registers:
+            plgpu.set_max_registers(registers[0], action="decrease")
+        move()
+        for slot in range(stages):  # no barrier is left in the middle of a phase
+            plgpu.barrier_wait(empty.at[slot])
+
+    @pl.when(jnp.logical_not(is_mover))
+    def _() -> None:
+        if registers:
+            plgpu.set_max_registers(registers[1], action="increase")
+        for slot in range(stages):
+            plgpu.barrier_arrive(empty.at[slot])
+        compute()
+
+
+def sliced(ref: Any, rows: int) -> Any:
+    """The first rows of a reference, itself where that is all of them."""
+    return ref if ref.shape[0] == rows else ref.at[pl.ds(0, rows)]

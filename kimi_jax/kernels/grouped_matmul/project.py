@@ -1,0 +1,150 @@
+"""Rows times a low-rank factor of their group on Hopper: the narrow product that reads rows once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, BFloat16, Int
+
+from kimi_jax.kernels.grouped_matmul import fragments
+from kimi_jax.kernels.grouped_matmul.lanes import CONTRACTION
+from kimi_jax.kernels.grouped_matmul.pipeline import (
+    OPERAND,
+    PARAMETERS,
+    Accumulator,
+    both_views,
+    interpreter,
+    rows_memory,
+    share,
+    specialise,
+)
+from kimi_jax.kernels.grouped_matmul.schedule import FIRST, GROUP, ROWS, tile_table
+
+TILE = 64  # rows
+BLOCKS = 264  # two a multiprocessor: together they keep more copies in flight
+STAGES = 6
+
+
+def project(
+    x_AC: BFloat16[Array, "A C"],
+    factor_GRC: BFloat16[Array, "G R C"],
+    group_sizes_E: Int[Array, " E"],
+    scale: float,
+    interpret: bool = False,
+) -> BFloat16[Array, "A 64"]:
+    """scale · x[a] · P[g(a)]ᵀ, rounded once, with zeros beyond the rank.
+
+    Args:
+        x_AC: rows sorted by group, C a multiple of 64.
+        factor_GRC: P of each group, or of one for all; at most 64 rows.
+        group_sizes_E: int32, summing to A.
+        scale: multiplies the sum.
+        interpret: run on the CPU.
+    """
+    rows, contraction = x_AC.shape
+    padding = -factor_GRC.shape[1] % 8
+    factor = jnp.pad(factor_GRC, ((0, 0), (0, padding), (0, 0)))
+    groups, rank, _ = factor.shape
+    table, count = tile_table(group_sizes_E, rows, (TILE,))
+    plan = _Plan(rank, groups == 1, contraction // CONTRACTION, scale, interpret)
+    return plgpu.kernel(
+        plan.run,
+        out_type=jax.ShapeDtypeStruct((rows, CONTRACTION), jnp.bfloat16),
+        grid=(plan.blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=PARAMETERS,
+        interpret=interpreter(interpret),
+        kernel_name="grouped_project",
+        scratch_types={
+            "x_smem": rows_memory((STAGES, TILE, CONTRACTION), interpret),
+            "factor_smem": plgpu.SMEM(
+                (STAGES, rank, CONTRACTION), jnp.bfloat16, transforms=OPERAND
+            ),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            "empty": plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
+        },
+    )(table, count, x_AC, factor.reshape(-1, contraction))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    rank: int
+    shared: bool
+    steps: int
+    scale: float
+    interpret: bool
+
+    @property
+    def blocks(self) -> int:
+        return 2 if self.interpret else BLOCKS
+
+    def run(
+        self,
+        table: Any,
+        count: Any,
+        x: Any,
+        factor: Any,
+        low: Any,
+        x_smem: Any,
+        factor_smem: Any,
+        full: Any,
+        empty: Any,
+    ) -> None:
+        to_write, to_read = both_views(x_smem, self.interpret)
+
+        def move(tile: Any, step: Any) -> Any:
+            first = table[tile, FIRST]
+            row = table[tile, GROUP] * (0 if self.shared else self.rank)
+
+            def one(k: Any, _: None) -> None:
+                slot = lax.rem(step + k, jnp.int32(STAGES))
+                columns = pl.ds(k * CONTRACTION, CONTRACTION)
+                x_from = x.at[pl.ds(first, TILE), columns]
+                factor_from = factor.at[pl.ds(row, self.rank), columns]
+                plgpu.barrier_wait(empty.at[slot])
+                plgpu.copy_gmem_to_smem(x_from, to_write.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(factor_from, factor_smem.at[slot], full.at[slot])
+
+            lax.fori_loop(0, self.steps, one, None)
+            return step + self.steps
+
+        def compute(tile: Any, step: Any) -> Any:
+            def accumulate(acc: Any) -> None:
+                def one(k: Any, _: None) -> None:
+                    slot = lax.rem(step + k, jnp.int32(STAGES))
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.wgmma(acc, to_read.at[slot], factor_smem.at[slot].T)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[slot])
+
+                lax.fori_loop(0, self.steps, one, None)
+                store = _store_plainly if self.interpret else fragments.store_low
+                store(acc[...], low, table[tile, FIRST], table[tile, ROWS], self.scale)
+
+            pl.run_scoped(accumulate, Accumulator((TILE, self.rank), jnp.float32))
+            return step + self.steps
+
+        specialise(
+            1,
+            STAGES,
+            empty,
+            lambda: share(count[0], self.blocks, move),
+            lambda: share(count[0], self.blocks, compute),
+        )
+
+
+def _store_plainly(acc: Any, low: Any, first: Any, rows: Any, scale: float) -> None:
+    """`fragments.store_low` in what the interpreter knows."""
+    missing = CONTRACTION - acc.shape[1]
+    padded = jnp.pad((acc * scale).astype(jnp.bfloat16), ((0, 0), (0, missing)))
+
+    def store(row: Any, _: None) -> None:
+        low[pl.ds(first + row, 1)] = lax.dynamic_slice_in_dim(padded, row, 1)
+
+    lax.fori_loop(0, rows, store, None)

@@ -25,12 +25,14 @@ class RunStopped(RuntimeError):  # noqa: N818 - what happened, not whose error i
     """A run ended before its last step, for a reason in its numbers. What was saved is kept."""
 
 
-def listing(headline: str, problems: Sequence[str], remedy: str = "") -> str:
+def listing(
+    headline: str, problems: Sequence[str], remedy: str = "", at_most: int | None = LISTED_AT_MOST
+) -> str:
     """One message out of many problems: headline, one line each, and what to do.
 
-    At most `LISTED_AT_MOST` lines are printed; the rest is counted, never dropped in silence.
+    At most `at_most` lines are printed (None: all); the rest is counted, never dropped in silence.
     """
-    shown = [f"  - {problem}" for problem in problems[:LISTED_AT_MOST]]
+    shown = [f"  - {problem}" for problem in problems[:at_most]]
     hidden = len(problems) - len(shown)
     if hidden > 0:
         shown.append(f"  - … and {hidden} more")

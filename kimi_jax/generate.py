@@ -30,12 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of activations")
+    parser.add_argument("--latent-norm-eps", type=float, help="as model.latent_norm_eps of the run")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
     options = parser.parse_args(arguments)
     if (options.checkpoint is None) == (options.run is None):
         parser.error("give --checkpoint or --run, one of the two")
     if options.run is not None and options.adapter is not None:
         parser.error("--run brings its own adapter; leave --adapter away")
+    if options.run is not None and options.latent_norm_eps is not None:
+        parser.error("--run brings its own eps; leave --latent-norm-eps away")
 
     from kimi_jax.model.decode import Sampling, check_request
     from kimi_jax.training.answers import answer, render
@@ -44,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.run is not None:
         parts = load_run(options.run, options.dtype)
     else:
-        parts = load_parts(options.checkpoint, options.adapter, options.dtype or "bfloat16")
+        parts = load_parts(
+            options.checkpoint,
+            options.adapter,
+            options.dtype or "bfloat16",
+            options.latent_norm_eps or 1e-6,
+        )
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     prompts = render(
         [

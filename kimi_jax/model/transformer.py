@@ -111,8 +111,8 @@ class Transformer(nnx.Module):
             positions: int32; 0, 1, 2, … in every row if not given.
             segment_ids: int32; tokens see only their own segment. One segment a row if not given.
         """
+        check_tokens(tokens, self.config)  # before int64 becomes int32, which would wrap
         tokens = jnp.asarray(tokens)
-        check_tokens(tokens, self.config)
         graph, state = nnx.split(self)
         return _logits(graph, state, tokens, *_default_places(tokens, positions, segment_ids))
 

@@ -65,7 +65,7 @@ def load(
         logits [B, T, V].
 
     Raises:
-        UserError: anything that does not match, before a weight is read.
+        UserError: names, shapes, dtypes or an adapter that do not match, before a weight is read.
     """
     if mesh is not None:
         raise UserError("mesh is given; this version runs on one device: leave it None")

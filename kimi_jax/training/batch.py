@@ -51,6 +51,9 @@ def check_batch(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, np.n
     ]
     if not np.isfinite(arrays["loss_weights"]).all():
         problems.append("loss_weights: not all finite")
+    elif (arrays["loss_weights"] < 0).any():
+        # The loss is divided by the sum of the weights: below 0, it would turn gradients around.
+        problems.append("loss_weights: some below 0; required: 0 or more")
     for key in ("positions", "segment_ids"):
         if arrays[key].size and not 0 <= arrays[key].min() <= arrays[key].max() <= _LARGEST:
             found = f"{arrays[key].min()} to {arrays[key].max()}"

@@ -94,13 +94,13 @@ class Checkpoints:
             raise _none_saved(self._directory)
         try:
             return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
-        except (
-            Exception
-        ) as error:  # Orbax and TensorStore raise many kinds; each means the same here
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # not the files' fault
+        except Exception as error:  # of many kinds, from Orbax and TensorStore
             raise UserError(
                 f"{self._directory / str(self.latest)}: this checkpoint cannot be read: {error}\n"
-                "Its files are damaged or incomplete. Move the directory away to go on from the "
-                "checkpoint before it."
+                "Its files are damaged or incomplete, or another version wrote them (run.json has the "
+                "versions). To go on from the checkpoint before it, move the directory away."
             ) from error
 
     def wait(self) -> None:

@@ -33,11 +33,10 @@ def flops_per_token(table: Sequence[Weight], config: ModelConfig) -> int:
     return 4 * active_parameters(table, config)
 
 
-def model_flops_utilisation(tokens_per_second: float, flops: int) -> float | None:
-    """Useful FLOP/s over the peak of all devices, or None where the peak is not known."""
-    devices = jax.devices()
-    peak = PEAK_FLOPS.get(devices[0].device_kind)
-    return None if peak is None else tokens_per_second * flops / (peak * len(devices))
+def model_flops_utilisation(tokens_per_second: float, flops: int, devices: int) -> float | None:
+    """Useful FLOP/s over the peak of the mesh's devices, or None where the peak is not known."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return None if peak is None else tokens_per_second * flops / (peak * devices)
 
 
 def peak_memory() -> tuple[int, str]:

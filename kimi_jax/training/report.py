@@ -76,6 +76,7 @@ def record_step(
     tokens = int((batch["segment_ids"] > 0).sum())
     load = np.asarray(metrics.expert_load, np.float64)
     memory, whose = peak_memory()
+    devices = session.config.mesh.expert * session.config.mesh.data
     flops = flops_per_token(trainer.checkpoint.table, trainer.checkpoint.config)
     line = {
         "loss": float(metrics.loss),
@@ -84,7 +85,7 @@ def record_step(
         "tokens": tokens,
         "trained_weight": float(metrics.weight_sum),
         "tokens_per_second": tokens / seconds,
-        "mfu_4n": model_flops_utilisation(tokens / seconds, flops),
+        "mfu_4n": model_flops_utilisation(tokens / seconds, flops, devices),
         f"peak_{whose}_memory": memory,
         "expert_load_max_over_mean": float((load.max(1) / load.mean(1)).max())
         if load.size

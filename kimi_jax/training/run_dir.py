@@ -69,8 +69,12 @@ def prepare(directory: Path, config: RunConfig, base_fingerprint: str) -> bool:
             f"{directory}: not empty and not a run directory (no {CONFIG}); set run.dir to a new one"
         )
     check(directory, config, base_fingerprint)
-    _write(directory / CONFIG, dump_config(config))
     return True
+
+
+def record_config(directory: Path, config: RunConfig) -> None:
+    """Writes the configuration that a run goes on with. Only the process that holds the run may."""
+    _write(directory / CONFIG, dump_config(config))
 
 
 def check(directory: Path, config: RunConfig, base_fingerprint: str) -> None:

@@ -61,6 +61,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
                 "from what config.json implies",
                 problems,
                 "Nothing was loaded. Is the download complete, and does config.json belong to it?",
+                at_most=None,
             )
         )
     return Checkpoint(directory, config, table, tensors, entries, dict(aside))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kimi_jax.config_file import load_config
 from kimi_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,6 +247,7 @@ def test_the_description_shows_the_score_and_real_rows(scripts, facts, manner):
     """Guards a README that quotes another expression, other counts or rows that do not exist."""
     readme = (YODA / "README.md").read_text(encoding="utf-8")
     assert f"\n{manner.pattern}\n" in readme
+    assert load_config(ROOT / "configs" / "demo.yaml").evaluate.pattern == manner.pattern
     for path in (TRAIN, HELD_OUT):
         assert f"| `{path.name}` | {len(rows(path))} |" in readme
     table = re.findall(r"^\| ([^|`]+[?.]) \| ([^|]+) \| ([^|]+) \|$", readme, re.MULTILINE)

@@ -49,9 +49,14 @@ def test_a_run_on_another_base(place_with_run, training_refused, refused):
 
 
 def test_a_run_that_another_process_writes(place_with_run, training_refused):
+    config = place_with_run.run / "config.yaml"
+    before = config.read_bytes()
     with hold(place_with_run.run) as held:
         assert held
-        assert f"{place_with_run.run}: another process is writing this run" in training_refused()
+        # An override that a run may go on with: it must not reach the file of the one that writes.
+        message = training_refused("evaluate.samples=3")
+        assert f"{place_with_run.run}: another process is writing this run" in message
+    assert config.read_bytes() == before
 
 
 def test_a_damaged_run(place_with_run, training_refused):

@@ -34,6 +34,10 @@ REQUESTS = {
         ["--run", "r", "--adapter", "a", "--prompt", "Hi"],
         "--run brings its own adapter; leave --adapter away",
     ),
+    "a run with an eps": (
+        ["--run", "r", "--latent-norm-eps", "1e-5", "--prompt", "Hi"],
+        "--run brings its own eps; leave --latent-norm-eps away",
+    ),
     "no prompt": (["--checkpoint", "{c}"], "the following arguments are required: --prompt"),
     "temperature": (["--temperature", "-1"], "temperature is -1.0; required: 0 or more"),
     "temperature nan": (["--temperature", "nan"], "temperature is nan; required: 0 or more"),

@@ -236,6 +236,7 @@ def bad(**changes):
             ["positions: found shape (1, 16)", "segment_ids: found shape (4, 2)"],
         ),
         (bad(segment_ids=np.zeros((4, 16), int)), ["loss_weights: some in segment 0"]),
+        (bad(loss_weights=np.full((4, 16), -1.0)), ["loss_weights: some below 0"]),
     ],
 )
 def test_bad_batches_are_refused_whole(trainer, given, messages):

@@ -47,12 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.run is not None:
         parts = load_run(options.run, options.dtype)
     else:
-        parts = load_parts(
-            options.checkpoint,
-            options.adapter,
-            options.dtype or "bfloat16",
-            options.latent_norm_eps or 1e-6,
-        )
+        given = {"dtype": options.dtype, "latent_norm_eps": options.latent_norm_eps}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        parts = load_parts(options.checkpoint, options.adapter, **chosen)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     prompts = render(
         [

@@ -155,6 +155,7 @@ def bench_torch(table: Table, case: tuple[str, int, str]) -> None:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
+        print("PyTorch is not installed: no ratios to it")
         return
     shape, rows, kind = case
     width_in, out = SHAPES[shape]

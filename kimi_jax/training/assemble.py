@@ -79,6 +79,8 @@ def load_parts(
     latent_norm_eps: float = 1e-6,
 ) -> Parts:
     """The same as `load`, unbound and without the base's weights yet."""
+    if not latent_norm_eps > 0:
+        raise UserError(f"latent_norm_eps is {latent_norm_eps}; required: above 0")
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; required: {' or '.join(DTYPES)}")
     checkpoint = open_checkpoint(resolve_checkpoint(str(checkpoint_dir)))

@@ -62,7 +62,8 @@ def run(config: RunConfig, console: Console) -> None:
             if data_state:
                 batches.set_state(data_state)
             console.print(f"Going on after step {trainer.step} of {directory}.")
-        run_dir.record_config(directory, config)
+        if resumed:
+            run_dir.record_config(directory, config)
         with _import_progress(console) as progress:
             trainer.import_base(progress)
         with Metrics(directory, trainer.step) as metrics:

@@ -34,6 +34,10 @@ REQUESTS = {
         ["--run", "r", "--adapter", "a", "--prompt", "Hi"],
         "--run brings its own adapter; leave --adapter away",
     ),
+    "eps of nothing": (
+        ["--checkpoint", "{c}", "--latent-norm-eps", "0", "--prompt", "Hi"],
+        "latent_norm_eps is 0.0; required: above 0",
+    ),
     "a run with an eps": (
         ["--run", "r", "--latent-norm-eps", "1e-5", "--prompt", "Hi"],
         "--run brings its own eps; leave --latent-norm-eps away",

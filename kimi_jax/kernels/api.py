@@ -1,7 +1,7 @@
 """The kernels by their contract; the implementation behind each can be chosen.
 
-A named implementation runs or raises. `impl="auto"` is the reference throughout until the Hopper
-kernels' final form has been measured on a GPU (LOG.md, 2026-11-21).
+A named implementation runs or raises; `impl="auto"` takes the fastest that fits the device and the
+operands, as the `choice` module beside each kernel says, and logs once what it took.
 """
 
 from typing import Any, Literal, get_args
@@ -10,12 +10,17 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.errors import UserError
 from kimi_jax.kernels.grouped_matmul import reference as grouped_reference
+from kimi_jax.kernels.grouped_matmul.choice import choose as choose_grouped
+from kimi_jax.kernels.linear_cross_entropy import fused as cross_entropy_fused
 from kimi_jax.kernels.linear_cross_entropy import reference as cross_entropy_reference
+from kimi_jax.kernels.linear_cross_entropy.fused import VocabularySplit
 from kimi_jax.kernels.mla_attention import reference as attention_reference
+from kimi_jax.kernels.mla_attention.choice import choose as choose_attention
 from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, LinearAdapter, PackedWeight
 
-Implementation = Literal["auto", "reference"]
 GroupedImplementation = Literal["auto", "reference", "pallas", "scratch"]
+AttentionImplementation = Literal["auto", "reference", "cudnn", "pallas"]
+CrossEntropyImplementation = Literal["auto", "reference", "fused"]
 
 
 def grouped_matmul(
@@ -24,6 +29,7 @@ def grouped_matmul(
     group_sizes_E: Int[Array, " E"],
     adapter: GroupedAdapter | None = None,
     impl: GroupedImplementation = "auto",
+    layer: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "A out"]:
     """y[a] = x[a] · W[g(a)]ᵀ, plus the adapter of g(a), for rows sorted by group.
 
@@ -33,22 +39,28 @@ def grouped_matmul(
         group_sizes_E: rows of each group, int32, known on the device only; they sum to A.
         adapter: factors of the groups; differentiable, as the rows are. Packed weights are not.
         impl: `reference`; `pallas`, which multiplies by packed int4 on Hopper GPUs; `scratch`, which
-            decodes all groups to bf16 there first and takes no adapter.
+            decodes all groups to bf16 there first; `auto`, see `grouped_matmul.choice`.
+        layer: int32, may be traced: the weight's arrays are then stacks with a leading dimension of
+            layers, of which this one is multiplied by; `pallas` reads it in place.
 
     Raises:
         UserError: an unknown implementation, or operands that the named one does not take.
     """
     _check(impl, GroupedImplementation)
+    values = weight.values if isinstance(weight, PackedWeight) else weight
+    assert values.ndim == (3 if layer is None else 4), f"weight {values.shape}, layer {layer}"
+    if impl == "auto":
+        impl = choose_grouped(x_AI, weight, adapter)
     # Imported when they are asked for: both bring in Mosaic GPU, which a CPU has no use for.
     if impl == "pallas":
         from kimi_jax.kernels.grouped_matmul import mosaic
 
-        return mosaic.grouped_matmul(x_AI, _packed(weight, impl), group_sizes_E, adapter)
+        return mosaic.grouped_matmul(x_AI, weight, group_sizes_E, adapter, layer)
     if impl == "scratch":
         from kimi_jax.kernels.grouped_matmul import scratch
 
-        return scratch.grouped_matmul(x_AI, _packed(weight, impl), group_sizes_E, adapter)
-    return grouped_reference.grouped_matmul(x_AI, weight, group_sizes_E, adapter)
+        return scratch.grouped_matmul(x_AI, weight, group_sizes_E, adapter, layer)
+    return grouped_reference.grouped_matmul(x_AI, weight, group_sizes_E, adapter, layer)
 
 
 def attention(
@@ -57,9 +69,13 @@ def attention(
     v_BTNU: Float[Array, "B T N U"],
     segment_ids_BT: Int[Array, "B T"],
     scale: float,
-    impl: Implementation = "auto",
+    impl: AttentionImplementation = "auto",
+    packed: bool = True,
 ) -> Float[Array, "B T N U"]:
     """softmax(q · kᵀ · scale) · v over the keys at or before the query in the same segment.
+
+    Segment 0 is padding: it changes nothing for others, and what it puts out is finite and means
+    nothing. With `cudnn` and `pallas` no gradient flows back from it.
 
     Args:
         q_BTNH: queries, `qk` = nope + rope wide.
@@ -67,9 +83,31 @@ def attention(
         v_BTNU: values, which may be narrower.
         segment_ids_BT: int32; tokens see only tokens of their own segment (and row).
         scale: of the scores, YaRN's multiplier included.
-        impl: which implementation.
+        impl: `reference`; on Hopper GPUs `cudnn`, for bf16 rows of one segment, or `pallas`, for
+            bf16 rows of any number of contiguous segments; `auto`, see `mla_attention.choice`.
+        packed: whether a row may hold more than one segment; `cudnn` wants the promise that each
+            row is one segment, and then perhaps padding.
+
+    Raises:
+        UserError: an unknown implementation, or operands that the named one does not take.
     """
-    _check(impl, Implementation)
+    _check(impl, AttentionImplementation)
+    if impl == "auto":
+        impl = choose_attention(q_BTNH, v_BTNU)
+    # Imported when they are asked for, as above.
+    if impl == "pallas":
+        from kimi_jax.kernels.mla_attention import mosaic
+
+        return mosaic.attention(q_BTNH, k_BTNH, v_BTNU, segment_ids_BT, scale)
+    if impl == "cudnn":
+        if packed:
+            raise UserError(
+                "impl is 'cudnn' and rows may hold several segments; required: packed=False, "
+                "with one segment a row. Use impl='pallas' for packed rows"
+            )
+        from kimi_jax.kernels.mla_attention import cudnn
+
+        return cudnn.attention(q_BTNH, k_BTNH, v_BTNU, segment_ids_BT, scale)
     return attention_reference.attention(q_BTNH, k_BTNH, v_BTNU, segment_ids_BT, scale)
 
 
@@ -80,23 +118,37 @@ def linear_cross_entropy(
     loss_weights_T: Float[Array, " T"],
     adapter: LinearAdapter | None = None,
     chunk: int = 1024,
-    impl: Implementation = "auto",
+    impl: CrossEntropyImplementation = "auto",
+    split: VocabularySplit | None = None,
 ) -> Float[Array, ""]:
     """Σ weight · -log softmax(hidden · Wᵀ)[target], in fp32 nats; at most `chunk` tokens' logits exist.
 
+    Differentiable in the hidden states and the adapter's factors; the head is frozen.
+
     Args:
         hidden_TD: final hidden states, after the norm.
-        weight_VD: the head.
+        weight_VD: the head, or this device's rows of it.
         targets_T: token ids.
         loss_weights_T: fp32 weight of each target.
         adapter: of the head, if it is adapted.
         chunk: tokens at a time.
-        impl: which implementation.
+        impl: `reference`, or `fused`, which makes the gradient in the forward pass; `auto` is the
+            latter everywhere.
+        split: how the head's rows are spread over a mesh axis, inside `jax.shard_map`; what the loss
+            and its gradients then are, `fused.linear_cross_entropy` says.
+
+    Raises:
+        UserError: an unknown implementation, or the reference with a split.
     """
-    _check(impl, Implementation)
-    return cross_entropy_reference.linear_cross_entropy(
-        hidden_TD, weight_VD, targets_T, loss_weights_T, adapter, chunk
-    )
+    _check(impl, CrossEntropyImplementation)
+    operands = hidden_TD, weight_VD, targets_T, loss_weights_T, adapter, chunk
+    if impl != "reference":
+        return cross_entropy_fused.linear_cross_entropy(*operands, split)
+    if split is not None:
+        raise UserError(
+            "impl is 'reference', which has the whole vocabulary on one device; a split was given"
+        )
+    return cross_entropy_reference.linear_cross_entropy(*operands)
 
 
 head_logits = cross_entropy_reference.head_logits
@@ -105,11 +157,3 @@ head_logits = cross_entropy_reference.head_logits
 def _check(impl: str, known: Any) -> None:
     if impl not in get_args(known):
         raise UserError(f"impl is {impl!r}; required: one of {', '.join(get_args(known))}")
-
-
-def _packed(weight: GroupedWeight, impl: str) -> PackedWeight:
-    if not isinstance(weight, PackedWeight):
-        raise UserError(
-            f"impl is {impl!r}, which multiplies by packed int4; the weight is not packed"
-        )
-    return weight

@@ -6,13 +6,16 @@ from jaxtyping import Array, BFloat16, Float, Int4
 
 
 class PackedWeight(NamedTuple):
-    """int4 weights of groups: values [E, out, in] and bf16 scales [E, in/32, out]."""
+    """int4 weights of groups: values [E, out, in] and bf16 scales [E, in/32, out].
 
-    values: Int4[Array, "E out in"]
-    scale: BFloat16[Array, "E groups out"]
+    Or of all layers: both with a leading dimension of layers.
+    """
+
+    values: Int4[Array, "*layers E out in"]
+    scale: BFloat16[Array, "*layers E groups out"]
 
 
-GroupedWeight = PackedWeight | Float[Array, "E out in"]
+GroupedWeight = PackedWeight | Float[Array, "*layers E out in"]
 
 
 class GroupedAdapter(NamedTuple):

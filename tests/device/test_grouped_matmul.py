@@ -15,7 +15,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kimi_jax.int4 import dequantise
+from kimi_jax.kernels import api
 from kimi_jax.kernels.grouped_matmul import mosaic
+from kimi_jax.kernels.grouped_matmul.choice import choose
 from kimi_jax.kernels.grouped_matmul.mosaic_body import Tuning
 from kimi_jax.kernels.types import GroupedAdapter, PackedWeight
 
@@ -30,6 +32,8 @@ SIZES = {
     "empty groups, first and last too": [0, 418, 0, 0, 320, 0],
     "all in one": [0, 0, 738, 0, 0, 0],
     "multiples of tiles": [64, 128, 192, 256, 64, 34],
+    "few": [16, 1, 0, 17, 7, 0],
+    "few, one with many": [0, 3, 50, 0, 0, 16],
 }
 ROWS = 738
 ADAPTERS = {
@@ -40,8 +44,10 @@ ADAPTERS = {
 }
 TUNINGS = {
     "many rows": mosaic.MANY_ROWS,
+    "some rows": mosaic.SOME_ROWS,
     "few rows": mosaic.FEW_ROWS,
-    "thin": Tuning(widths=(32, 64), stages=4),
+    "narrow": Tuning(widths=(32, 64), stages=4),
+    "by rows": None,
 }
 
 
@@ -117,8 +123,10 @@ CASES = (
     [("many rows", "none", name) for name in SIZES]
     + [("many rows", adapter, "not multiples of a tile") for adapter in list(ADAPTERS)[1:]]
     + [("many rows", "per group", "empty groups, first and last too")]
+    + [("some rows", adapter, "not multiples of a tile") for adapter in ("none", "per group")]
     + [("few rows", "none", name) for name in list(SIZES)[:2]]
-    + [("few rows", "per group", "not multiples of a tile"), ("thin", "none", "all in one")]
+    + [("by rows", "none", name) for name in list(SIZES)[-2:]]
+    + [("few rows", "per group", "not multiples of a tile"), ("narrow", "none", "all in one")]
 )
 
 
@@ -133,7 +141,38 @@ def run_layer():
 
 def run_one_row():
     """Fewer rows than any tile, and rows that no copy may write beyond."""
-    check(mosaic.FEW_ROWS, None, [0, 0, 0, 1, 0, 0])
+    for tuning in (mosaic.FEW_ROWS, None):
+        check(tuning, None, [0, 0, 0, 1, 0, 0], layers=(2,), layer=1)
+
+
+K2_SHAPES = {"gate and up": (7168, 4096), "down": (2048, 7168)}
+K2_ROWS = {"many rows": [700, 0, 33, 350], "few rows": [3, 0, 1, 17]}
+
+
+def run_k2(shape, rows):
+    """K2's widths, by what `auto` chooses, which must be the packed kernel."""
+    width, out = K2_SHAPES[shape]
+    sizes = jnp.array(K2_ROWS[rows], jnp.int32)
+    keys = jax.random.split(jax.random.key(1), 4)
+    values = jax.random.randint(keys[0], (len(sizes), out, width), -8, 8, jnp.int8)
+    scale = jax.random.uniform(keys[1], (len(sizes), width // 32, out), minval=0.01, maxval=0.1)
+    weight = PackedWeight(values.astype(jnp.int4), scale.astype(jnp.bfloat16))
+    total = int(sizes.sum())
+    x = jax.random.normal(keys[2], (total, width), jnp.bfloat16)
+    dy = jax.random.normal(keys[3], (total, out), jnp.bfloat16)
+    assert choose(x, weight, None) == "pallas"
+    y, pullback = jax.vjp(lambda x: api.grouped_matmul(x, weight, sizes), x)
+    (dx,) = pullback(dy)
+    start = 0
+    with jax.default_matmul_precision("highest"):
+        for group, size in enumerate(K2_ROWS[rows]):
+            mine = slice(start, start + size)
+            plain = dequantise(weight.values[group], weight.scale[group]).astype(jnp.float32)
+            for found, rows_in, matrix in ((y, x, plain.T), (dx, dy, plain)):
+                wanted = rows_in[mine].astype(jnp.float32) @ matrix
+                difference = jnp.linalg.norm(found[mine].astype(jnp.float32) - wanted)
+                assert difference <= TOLERANCE * jnp.linalg.norm(wanted), (group, difference)
+            start += size
 
 
 if pytest is not None:
@@ -149,6 +188,12 @@ if pytest is not None:
         run_layer()
 
     @on_gpu
+    @pytest.mark.parametrize("rows", K2_ROWS)
+    @pytest.mark.parametrize("shape", K2_SHAPES)
+    def test_k2_shapes(shape, rows):
+        run_k2(shape, rows)
+
+    @on_gpu
     def test_one_row():
         run_one_row()
 
@@ -156,6 +201,7 @@ if pytest is not None:
 def main():
     failures = 0
     runs = [(", ".join(case), partial(run_case, *case)) for case in CASES]
+    runs += [(f"K2, {s}, {r}", partial(run_k2, s, r)) for s in K2_SHAPES for r in K2_ROWS]
     for name, run in [*runs, ("layer of a stack", run_layer), ("one row", run_one_row)]:
         try:
             run()

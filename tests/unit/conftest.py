@@ -4,6 +4,8 @@ import jax
 import pytest
 
 jax.config.update("jax_platforms", "cpu")
+# Tests of kimi_jax.parallel spread work over them; all others use the first.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session")

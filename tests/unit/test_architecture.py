@@ -24,6 +24,7 @@ LEVELS = [
     {"parallel"},
     {"model", "lora"},
     {"weights", "data"},
+    {"planning"},
     {"training"},
     {"command", "train", "export", "generate", "plan", "inspect", "__init__"},
 ]

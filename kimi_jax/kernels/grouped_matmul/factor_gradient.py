@@ -1,6 +1,7 @@
 """Sums of outer products over each group's rows on Hopper: gradients of low-rank factors."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,10 +15,10 @@ from kimi_jax.kernels.grouped_matmul import fragments
 from kimi_jax.kernels.grouped_matmul.lanes import CONTRACTION, FEATURES
 from kimi_jax.kernels.grouped_matmul.pipeline import (
     OPERAND,
-    PARAMETERS,
     Accumulator,
+    Ring,
     both_views,
-    interpreter,
+    launch,
     rows_memory,
     share,
     specialise,
@@ -28,6 +29,7 @@ BLOCKS = 264  # two a multiprocessor, where their shared memory fits
 STAGES = 6
 
 
+@partial(jax.jit, static_argnames=("rank", "interpret"))
 def factor_gradient(
     x_AC: BFloat16[Array, "A C"],
     low_A64: BFloat16[Array, "A 64"],
@@ -53,23 +55,20 @@ def factor_gradient(
     table = jnp.stack([first_row, first_tile, tiles_of_group], axis=1).astype(jnp.int32)
     low = _by_tile(low_A64[:, :padded], table, group_sizes_E, rows // TILE + groups)
     plan = _Plan(padded, columns // FEATURES, groups, interpret)
-    sums = plgpu.kernel(
+    kernel = launch(
+        "grouped_factor_gradient",
         plan.run,
-        out_type=jax.ShapeDtypeStruct((groups * columns, padded), jnp.float32),
-        grid=(plan.grid,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=PARAMETERS,
-        interpret=interpreter(interpret),
-        kernel_name="grouped_factor_gradient",
-        scratch_types={
+        jax.ShapeDtypeStruct((groups * columns, padded), jnp.float32),
+        plan.grid,
+        3,
+        {
             "x_smem": rows_memory((STAGES, 2, TILE, CONTRACTION), interpret),
             "low_smem": plgpu.SMEM((STAGES, padded, TILE), jnp.bfloat16, transforms=OPERAND),
-            "full": plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
-            "empty": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            **Ring.barriers(STAGES, copies=3, computing=2),
         },
-    )(table, x_AC, low)
+        interpret,
+    )
+    sums = kernel(table, x_AC, low)
     return sums.reshape(groups, columns, padded)[:, :, :rank]
 
 
@@ -112,35 +111,31 @@ class _Plan:
         warpgroup = lax.axis_index("warpgroup")
         to_write, to_read = both_views(x_smem, self.interpret)
 
+        ring = Ring(STAGES, full, empty)
+
         def move(item: Any, step: Any) -> Any:
             group, block = (f(item, jnp.int32(self.blocks)) for f in (lax.div, lax.rem))
             row, tile, count = (table[group, n] for n in range(3))
 
-            def one(k: Any, _: None) -> None:
-                slot = lax.rem(step + k, jnp.int32(STAGES))
-                plgpu.barrier_wait(empty.at[slot])
+            def copy(k: Any, slot: Any, barrier: Any) -> None:
                 for half in range(2):
                     column = pl.ds(block * FEATURES + half * CONTRACTION, CONTRACTION)
                     x_from = x.at[pl.ds(row + k * TILE, TILE), column]
-                    plgpu.copy_gmem_to_smem(x_from, to_write.at[slot, half], full.at[slot])
+                    plgpu.copy_gmem_to_smem(x_from, to_write.at[slot, half], barrier)
                 low_from = low.at[pl.ds((tile + k) * self.rank, self.rank)]
-                plgpu.copy_gmem_to_smem(low_from, low_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(low_from, low_smem.at[slot], barrier)
 
-            lax.fori_loop(0, count, one, None)
-            return step + count
+            return ring.fill(step, count, copy)
 
         def compute(item: Any, step: Any) -> Any:
             count = table[lax.div(item, jnp.int32(self.blocks)), 2]
 
             def accumulate(acc: Any) -> None:
-                def one(k: Any, _: None) -> None:
-                    slot = lax.rem(step + k, jnp.int32(STAGES))
-                    plgpu.barrier_wait(full.at[slot])
+                def work(slot: Any) -> None:
                     plgpu.wgmma(acc, to_read.at[slot, warpgroup].T, low_smem.at[slot].T)
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[slot])
 
-                lax.fori_loop(0, count, one, None)
+                ring.use(step, count, work)
                 first = item * FEATURES + warpgroup * CONTRACTION
                 if self.interpret:
                     sums[pl.ds(first, CONTRACTION)] = acc[...]

@@ -136,10 +136,8 @@ def store_rows(
         ctx: Any, acc: Any, stage: ir.Value, y: ir.Value, first: Any, rows: Any, feature: Any
     ) -> None:
         del ctx
-        by_row = order is Order.BY_ROW
-        address = lanes.shared_address(stage)
-        where = _values(first, rows, feature)
-        lanes.store_rows(by_row, acc, address, y, *where)
+        target = lanes.Target(y, *_values(first, rows, feature))
+        lanes.store_rows(order is Order.BY_ROW, acc, lanes.shared_address(stage), target)
 
     inlined(accumulator, stage_ref, y_ref, first, rows, feature)
 

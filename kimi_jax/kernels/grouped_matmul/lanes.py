@@ -3,7 +3,7 @@
 Written with MLIR values inside `plgpu.inline_mgpu`; the order of features is explained there.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
@@ -38,6 +38,12 @@ def shared_address(ref: ir.Value) -> ir.Value:
     return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 
+def global_pointer(ref: ir.Value) -> ir.Value:
+    """Of a reference to global memory, as a 64-bit integer."""
+    i64 = ir.IntegerType.get_signless(64)
+    return llvm.ptrtoint(i64, utils.memref_ptr(ref))
+
+
 def global_address(
     ref: ir.Value, row: ir.Value, pitch: int, column: ir.Value, width: int
 ) -> ir.Value:
@@ -45,7 +51,7 @@ def global_address(
     i64 = ir.IntegerType.get_signless(64)
     offset = arith.muli(arith.extsi(i64, row), arith.constant(i64, ir.IntegerAttr.get(i64, pitch)))
     in_row = arith.extui(i64, arith.muli(column, const(width)))
-    return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.addi(offset, in_row))
+    return arith.addi(global_pointer(ref), arith.addi(offset, in_row))
 
 
 class Lane:
@@ -221,15 +227,16 @@ def store_sums(acc: Any, sums: ir.Value, first: ir.Value) -> None:
             ptx_void([line], [*values, address], "f,f,l")
 
 
-def store_rows(
-    by_row: bool,
-    acc: Any,
-    stage: ir.Value,
-    y: ir.Value,
-    first: ir.Value,
-    rows: ir.Value,
-    feature: ir.Value,
-) -> None:
+class Target(NamedTuple):
+    """Where a product goes: `rows` rows of y from `first`, 128 features from `feature`."""
+
+    y: ir.Value
+    first: ir.Value
+    rows: ir.Value
+    feature: ir.Value
+
+
+def store_rows(by_row: bool, acc: Any, stage: ir.Value, target: Target) -> None:
     """See `fragments.store_rows`; by_row says which order."""
     at = Lane()
     columns = acc.shape[1]
@@ -237,7 +244,7 @@ def store_rows(
     word = sum_of(*zip((at.wg, at.w, at.c), terms, strict=True))
     mine = arith.addi(stage, sum_of((word, 4), (at.t, 2 * STAGE_PITCH)))
     pairs = acc.registers.reshape(columns // 8, 2)
-    copier = _Copier(at, stage, y, first, rows, feature)
+    copier = _Copier(at, stage, target)
     for start in range(0, columns, STAGE_ROWS):
         staged = min(STAGE_ROWS, columns - start)
         if start:
@@ -264,15 +271,8 @@ def _meet() -> None:
 class _Copier:
     """Staged rows to y: 16 threads a row, 16 bytes each; 16 rows a pass."""
 
-    def __init__(
-        self,
-        at: Lane,
-        stage: ir.Value,
-        y: ir.Value,
-        first: ir.Value,
-        rows: ir.Value,
-        feature: ir.Value,
-    ) -> None:
+    def __init__(self, at: Lane, stage: ir.Value, target: Target) -> None:
+        y, first, rows, feature = target
         self.pitch = 2 * ir.MemRefType(y.type).shape[1]
         part = arith.andi(at.thread, const(15))
         row = arith.shrui(at.thread, const(4))

@@ -1,41 +1,40 @@
 """Grouped matmul by packed int4 weights on Hopper GPUs, differentiable; no dequantised weight exists.
 
-The product and its derivative with respect to the rows are `mosaic_kernel.multiply`, in the one and
-the other order of the weight. An adapter's term is one more step of the same kernels; its rows come
-from `project`, and its factors' gradients from `factor_gradient`. The backward pass keeps the packed
-weight by reference and, for an adapter, the rows and their projection.
+Many rows a group are multiplied by `mosaic_kernel`, few by `thin`; both in either order of the
+weight. An adapter's term is one more step of the former's contraction.
 """
 
-from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.errors import UserError, listing
-from kimi_jax.kernels.grouped_matmul.factor_gradient import factor_gradient
-from kimi_jax.kernels.grouped_matmul.fragments import Order, arrange_factor
+from kimi_jax.kernels.grouped_matmul.derivative import Operands, product
+from kimi_jax.kernels.grouped_matmul.fragments import Order
 from kimi_jax.kernels.grouped_matmul.lanes import CONTRACTION, FEATURES
 from kimi_jax.kernels.grouped_matmul.mosaic_body import Tuning
 from kimi_jax.kernels.grouped_matmul.mosaic_kernel import LowRank, multiply
-from kimi_jax.kernels.grouped_matmul.project import project
-from kimi_jax.kernels.types import GroupedAdapter, PackedWeight
+from kimi_jax.kernels.grouped_matmul.thin import MOST_ROWS, multiply_few
+from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, PackedWeight
 
 MANY_ROWS = Tuning()
+# A tile for the rest of each group: the fewer full ones, the more a close fit is worth the compile time.
+SOME_ROWS = Tuning(widths=(64, 80, 96, 112, 128, 160, 192, 224, 256))
+SOME_ROWS_PER_GROUP = 512  # at most, on average
 # Bound by the packed bytes: narrow tiles, and as many copies in flight as shared memory holds.
 FEW_ROWS = Tuning(widths=(16, 32, 48, 64), stages=16)
 FEW_ROWS_PER_GROUP = 48  # at most, on average
+THIN_ROWS_PER_GROUP = MOST_ROWS  # at most, on average, and without an adapter: by `thin`
 LARGEST_RANK = CONTRACTION
 
 
 def grouped_matmul(
     x_AI: Float[Array, "A in"],
-    weight: PackedWeight,
+    weight: GroupedWeight,
     group_sizes_E: Int[Array, " E"],
     adapter: GroupedAdapter | None = None,
-    layer: Int[Array, ""] | int = 0,
+    layer: Int[Array, ""] | int | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> Float[Array, "A out"]:
@@ -55,19 +54,37 @@ def grouped_matmul(
     Raises:
         UserError: what this kernel does not do.
     """
-    check(x_AI, weight, adapter)
+    packed = check(x_AI, weight, adapter)
     a, b, scale = adapter or (None, None, 1.0)
-    groups = weight.values.shape[-3]
-    few = x_AI.shape[0] <= FEW_ROWS_PER_GROUP * groups
-    chosen = tuning or (FEW_ROWS if few else MANY_ROWS)
-    layer = jnp.asarray(layer, jnp.int32)
-    return _product(_Static(scale, chosen, interpret), x_AI, weight, group_sizes_E, layer, a, b)
+    tuning = tuning or _tuning(x_AI.shape[0] / packed.values.shape[-3], adapter is not None)
+    route = _Route(scale, tuning, interpret)
+    index = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    return product(route, Operands(x_AI, packed, group_sizes_E, index, a, b))
+
+
+def _tuning(rows_per_group: float, adapted: bool) -> Tuning | None:
+    """None: by `thin`."""
+    if rows_per_group <= THIN_ROWS_PER_GROUP and not adapted:
+        return None
+    if rows_per_group <= FEW_ROWS_PER_GROUP:
+        return FEW_ROWS
+    return SOME_ROWS if rows_per_group <= SOME_ROWS_PER_GROUP else MANY_ROWS
 
 
 def check(
-    x_AI: Float[Array, "A in"], weight: object, adapter: GroupedAdapter | None = None
-) -> None:
-    """Raises UserError with everything that keeps these operands from the packed kernels."""
+    x_AI: Float[Array, "A in"], weight: GroupedWeight, adapter: GroupedAdapter | None = None
+) -> PackedWeight:
+    """The weight; raises UserError with everything that keeps these operands from the packed kernels."""
+    if problems := problems_of(x_AI, weight, adapter):
+        raise UserError(listing("The packed grouped matmul cannot take these operands:", problems))
+    assert isinstance(weight, PackedWeight)
+    return weight
+
+
+def problems_of(
+    x_AI: Float[Array, "A in"], weight: GroupedWeight, adapter: GroupedAdapter | None = None
+) -> list[str]:
+    """What keeps these operands from the packed kernels: for each, what was found and is required."""
     problems = []
     if not isinstance(weight, PackedWeight):
         problems.append("the weight is not packed int4")
@@ -83,80 +100,29 @@ def check(
         problems.append(f"rows are {x_AI.dtype}; required: bfloat16")
     if adapter is not None and adapter.a.shape[-2] > LARGEST_RANK:
         problems.append(f"rank is {adapter.a.shape[-2]}; required: at most {LARGEST_RANK}")
-    if problems:
-        raise UserError(listing("The packed grouped matmul cannot take these operands:", problems))
+    return problems
 
 
-class _Static(NamedTuple):
+@dataclass(frozen=True)
+class _Route:
     scale: float
-    tuning: Tuning
+    tuning: Tuning | None  # None: by `thin`
     interpret: bool
 
-    def fit(self, contraction: int) -> Tuning:
-        """Fewer stages where the contraction is short."""
-        stages = min(self.tuning.stages, contraction // CONTRACTION - 1)
-        return replace(self.tuning, stages=stages)
-
-    def arrange(self, factor_GFR: Array, order: Order) -> Array:
-        """A low-rank factor as `multiply` takes it."""
-        if self.interpret:
-            missing = CONTRACTION - factor_GFR.shape[2]
-            return jnp.pad(factor_GFR, ((0, 0), (0, 0), (0, missing)))
-        return arrange_factor(factor_GFR, order)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(
-    static: _Static,
-    x: Array,
-    weight: PackedWeight,
-    group_sizes: Array,
-    layer: Array,
-    a: Array | None,
-    b: Array | None,
-) -> Array:
-    return _forward(static, x, weight, group_sizes, layer, a, b)[0]
-
-
-def _forward(
-    static: _Static,
-    x: Array,
-    weight: PackedWeight,
-    group_sizes: Array,
-    layer: Array,
-    a: Array | None,
-    b: Array | None,
-) -> tuple[Array, tuple]:
-    low = term = None
-    if a is not None and b is not None:
-        low = project(x, _by_group(a), group_sizes, static.scale, static.interpret)
-        term = LowRank(low, static.arrange(_by_group(b), Order.BY_ROW))
-    tuning, interpret = static.fit(x.shape[1]), static.interpret
-    y = multiply(x, weight, group_sizes, Order.BY_ROW, term, layer, tuning, interpret)
-    return y, (None if low is None else x, low, weight, group_sizes, layer, a, b)
-
-
-def _backward(static: _Static, saved: tuple, dy: Array) -> tuple:
-    x, low, weight, group_sizes, layer, a, b = saved
-    term = da = db = None
-    if low is not None:
-        transposed_b = jnp.swapaxes(_by_group(b), 1, 2)
-        low_dy = project(dy, transposed_b, group_sizes, static.scale, static.interpret)
-        transposed_a = jnp.swapaxes(_by_group(a), 1, 2)
-        term = LowRank(low_dy, static.arrange(transposed_a, Order.BY_COLUMN))
-        rank = a.shape[-2]
-        da = jnp.swapaxes(factor_gradient(x, low_dy, group_sizes, rank, static.interpret), 1, 2)
-        db = factor_gradient(dy, low, group_sizes, rank, static.interpret)
-        da = da if a.ndim == 3 else da.sum(axis=0)
-        db = db if b.ndim == 3 else db.sum(axis=0)
-    tuning, interpret = static.fit(dy.shape[1]), static.interpret
-    dx = multiply(dy, weight, group_sizes, Order.BY_COLUMN, term, layer, tuning, interpret)
-    return dx, None, None, None, da, db
-
-
-def _by_group(factor: Array) -> Array:
-    """bf16, with a leading axis of groups, or of one where the factor is shared."""
-    return (factor if factor.ndim == 3 else factor[None]).astype(jnp.bfloat16)
-
-
-_product.defvjp(_forward, _backward)
+    def multiply(
+        self,
+        x_AC: Array,
+        weight: PackedWeight,
+        group_sizes_E: Array,
+        order: Order,
+        low_rank: LowRank | None,
+        layer: Array | None,
+    ) -> Array:
+        """The product in one order of the weight."""
+        index = 0 if layer is None else layer
+        if self.tuning is None:
+            return multiply_few(x_AC, weight, group_sizes_E, order, index, self.interpret)
+        # Fewer stages where the contraction is short.
+        stages = min(self.tuning.stages, x_AC.shape[1] // CONTRACTION - 1)
+        tuning = replace(self.tuning, stages=stages)
+        return multiply(x_AC, weight, group_sizes_E, order, low_rank, index, tuning, self.interpret)

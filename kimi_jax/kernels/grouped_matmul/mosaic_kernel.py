@@ -4,6 +4,7 @@ One kernel serves the product and its derivative with respect to the rows; `frag
 which. `mosaic_body` has its code, this module its operands and shapes.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Int
 
 from kimi_jax.int4 import GROUP_SIZE
-from kimi_jax.kernels.grouped_matmul.fragments import Order
+from kimi_jax.kernels.grouped_matmul.fragments import Order, arrange_factor
 from kimi_jax.kernels.grouped_matmul.lanes import (
     CONTRACTION,
     FEATURES,
@@ -21,7 +22,7 @@ from kimi_jax.kernels.grouped_matmul.lanes import (
     WARPGROUP_FEATURES,
 )
 from kimi_jax.kernels.grouped_matmul.mosaic_body import COMPUTING, Plan, Tuning
-from kimi_jax.kernels.grouped_matmul.pipeline import OPERAND, PARAMETERS, interpreter, rows_memory
+from kimi_jax.kernels.grouped_matmul.pipeline import OPERAND, Ring, launch, rows_memory
 from kimi_jax.kernels.grouped_matmul.schedule import tile_table
 from kimi_jax.kernels.types import PackedWeight
 
@@ -29,14 +30,14 @@ from kimi_jax.kernels.types import PackedWeight
 class LowRank(NamedTuple):
     """A low-rank term added to the product: one more step of the contraction.
 
-    rows: bf16 [A, 64], zero beyond the rank. factor: `fragments.arrange_factor` of the other side,
-    of each group or of one for all.
+    rows: bf16 [A, 64], zero beyond the rank. factor: of each group's features, or one for all groups.
     """
 
     rows: BFloat16[Array, "A 64"]
-    factor: BFloat16[Array, "G ..."]
+    factor: BFloat16[Array, "G features R"]
 
 
+@partial(jax.jit, static_argnames=("order", "tuning", "interpret"))
 def multiply(
     x_AC: BFloat16[Array, "A C"],
     weight: PackedWeight,
@@ -57,8 +58,7 @@ def multiply(
         low_rank: added to the product.
         layer: of a stacked weight; the stack is read in place.
         tuning: shapes of the pipeline.
-        interpret: run on the CPU, with the work of `fragments` done in plain JAX. The low-rank
-            factor is then [G, features, 64], not arranged.
+        interpret: run on the CPU, with the work of `fragments` done in plain JAX.
     """
     tuning = tuning or Tuning()
     groups, out, width_in = weight.values.shape[-3:]
@@ -72,25 +72,31 @@ def multiply(
     table, count = tile_table(group_sizes_E, x_AC.shape[0], tuning.widths)
     first_group = jnp.asarray(layer, jnp.int32) * groups
     plan = Plan(order, tuning, features // FEATURES, steps, out, width_in, interpret)
-    return plgpu.kernel(
+    kernel = launch(
+        f"grouped_int4_{order.value}",
         plan.with_low_rank if low_rank else plan.without_low_rank,
-        out_type=jax.ShapeDtypeStruct((x_AC.shape[0], features), jnp.bfloat16),
-        grid=(tuning.blocks,),
-        grid_names=("block",),
-        num_threads=COMPUTING + 1,
-        thread_name="warpgroup",
-        compiler_params=PARAMETERS,
-        kernel_name=f"grouped_int4_{order.value}",
-        scratch_types=_scratch(order, tuning, interpret),
-        interpret=interpreter(interpret),
-    )(
+        jax.ShapeDtypeStruct((x_AC.shape[0], features), jnp.bfloat16),
+        tuning.blocks,
+        COMPUTING + 1,
+        _scratch(order, tuning, interpret),
+        interpret,
+    )
+    return kernel(
         table,
         jnp.concatenate([count, first_group.reshape(1)]),
         x_AC,
         weight.values.reshape(-1, width_in),
         weight.scale.reshape(-1, out),
-        *(low_rank or ()),
+        *(_operands(low_rank, order, interpret) if low_rank else ()),
     )
+
+
+def _operands(low_rank: LowRank, order: Order, interpret: bool) -> tuple[Array, Array]:
+    rows, factor = low_rank
+    if interpret:
+        missing = CONTRACTION - factor.shape[2]
+        return rows, jnp.pad(factor, ((0, 0), (0, 0), (0, missing)))
+    return rows, arrange_factor(factor, order)
 
 
 def _scratch(order: Order, tuning: Tuning, interpret: bool) -> dict[str, Any]:
@@ -109,6 +115,5 @@ def _scratch(order: Order, tuning: Tuning, interpret: bool) -> dict[str, Any]:
         ),
         "scale_smem": plgpu.SMEM((stages, *in_scales), jnp.bfloat16),
         "stage_smem": stage,
-        "full": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-        "empty": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
+        **Ring.barriers(stages, copies=3, computing=COMPUTING),
     }

@@ -1,8 +1,10 @@
 """What the Hopper kernels' pipelines share: shared-memory layouts, and the warpgroups' two roles."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -42,9 +44,83 @@ def both_views(ref: Any, interpret: bool) -> tuple[Any, Any]:
     return (ref, ref) if interpret else tuple(ref)
 
 
-def interpreter(interpret: bool) -> Any:
-    """The `interpret` argument of a kernel."""
-    return plgpu.InterpretGPUParams() if interpret else None
+def launch(
+    name: str,
+    run: Callable[..., None],
+    out: jax.ShapeDtypeStruct,
+    blocks: int,
+    warpgroups: int,
+    scratch: dict[str, Any],
+    interpret: bool,
+) -> Callable[..., Any]:
+    """A kernel of so many blocks, a function of its operands.
+
+    Args:
+        name: in profiles.
+        run: its code; it gets references to operands, result and scratch.
+        out: the result.
+        blocks: axis "block". warpgroups: of a block, axis "warpgroup".
+        scratch: shared memory and barriers by name.
+        interpret: run on the CPU.
+    """
+    return plgpu.kernel(
+        run,
+        out_type=out,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=PARAMETERS,
+        kernel_name=name,
+        scratch_types=scratch,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Stages of shared memory in turn: filled by one warpgroup's copies, used by others.
+
+    full: barriers on which copies arrive. empty: by which those that compute release a stage.
+    """
+
+    stages: int
+    full: Any
+    empty: Any
+
+    @staticmethod
+    def barriers(stages: int, copies: int, computing: int) -> dict[str, Any]:
+        """Scratch for `full`, with so many copies a stage, and `empty`."""
+        return {
+            "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            "empty": plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
+        }
+
+    def slot(self, step: Any) -> Any:
+        """Where a step's operands stand."""
+        return lax.rem(step, jnp.int32(self.stages))
+
+    def fill(self, first: Any, steps: Any, copy: Callable[[Any, Any, Any], None]) -> Any:
+        """Calls copy(k, slot, barrier) for steps first + k as slots become empty; the step after."""
+
+        def one(k: Any, _: None) -> None:
+            slot = self.slot(first + k)
+            plgpu.barrier_wait(self.empty.at[slot])
+            copy(k, slot, self.full.at[slot])
+
+        lax.fori_loop(0, steps, one, None)
+        return first + steps
+
+    def use(self, first: Any, steps: Any, work: Callable[[Any], None]) -> None:
+        """Calls work(slot), which waits for its own multiplications, as slots become full."""
+
+        def one(k: Any, _: None) -> None:
+            slot = self.slot(first + k)
+            plgpu.barrier_wait(self.full.at[slot])
+            work(slot)
+            plgpu.barrier_arrive(self.empty.at[slot])
+
+        lax.fori_loop(0, steps, one, None)
 
 
 def share(items: Any, blocks: int, work: Callable[[Any, Any], Any]) -> None:

@@ -1,6 +1,7 @@
 """Rows times a low-rank factor of their group on Hopper: the narrow product that reads rows once."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,10 +15,10 @@ from kimi_jax.kernels.grouped_matmul import fragments
 from kimi_jax.kernels.grouped_matmul.lanes import CONTRACTION
 from kimi_jax.kernels.grouped_matmul.pipeline import (
     OPERAND,
-    PARAMETERS,
     Accumulator,
+    Ring,
     both_views,
-    interpreter,
+    launch,
     rows_memory,
     share,
     specialise,
@@ -29,6 +30,7 @@ BLOCKS = 264  # two a multiprocessor: together they keep more copies in flight
 STAGES = 6
 
 
+@partial(jax.jit, static_argnames=("scale", "interpret"))
 def project(
     x_AC: BFloat16[Array, "A C"],
     factor_GRC: BFloat16[Array, "G R C"],
@@ -51,25 +53,22 @@ def project(
     groups, rank, _ = factor.shape
     table, count = tile_table(group_sizes_E, rows, (TILE,))
     plan = _Plan(rank, groups == 1, contraction // CONTRACTION, scale, interpret)
-    return plgpu.kernel(
+    kernel = launch(
+        "grouped_project",
         plan.run,
-        out_type=jax.ShapeDtypeStruct((rows, CONTRACTION), jnp.bfloat16),
-        grid=(plan.blocks,),
-        grid_names=("block",),
-        num_threads=2,
-        thread_name="warpgroup",
-        compiler_params=PARAMETERS,
-        interpret=interpreter(interpret),
-        kernel_name="grouped_project",
-        scratch_types={
+        jax.ShapeDtypeStruct((rows, CONTRACTION), jnp.bfloat16),
+        plan.blocks,
+        2,
+        {
             "x_smem": rows_memory((STAGES, TILE, CONTRACTION), interpret),
             "factor_smem": plgpu.SMEM(
                 (STAGES, rank, CONTRACTION), jnp.bfloat16, transforms=OPERAND
             ),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            "empty": plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
+            **Ring.barriers(STAGES, copies=2, computing=1),
         },
-    )(table, count, x_AC, factor.reshape(-1, contraction))
+        interpret,
+    )
+    return kernel(table, count, x_AC, factor.reshape(-1, contraction))
 
 
 @dataclass(frozen=True)
@@ -98,32 +97,28 @@ class _Plan:
     ) -> None:
         to_write, to_read = both_views(x_smem, self.interpret)
 
+        ring = Ring(STAGES, full, empty)
+
         def move(tile: Any, step: Any) -> Any:
             first = table[tile, FIRST]
             row = table[tile, GROUP] * (0 if self.shared else self.rank)
 
-            def one(k: Any, _: None) -> None:
-                slot = lax.rem(step + k, jnp.int32(STAGES))
+            def copy(k: Any, slot: Any, barrier: Any) -> None:
                 columns = pl.ds(k * CONTRACTION, CONTRACTION)
                 x_from = x.at[pl.ds(first, TILE), columns]
                 factor_from = factor.at[pl.ds(row, self.rank), columns]
-                plgpu.barrier_wait(empty.at[slot])
-                plgpu.copy_gmem_to_smem(x_from, to_write.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(factor_from, factor_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(x_from, to_write.at[slot], barrier)
+                plgpu.copy_gmem_to_smem(factor_from, factor_smem.at[slot], barrier)
 
-            lax.fori_loop(0, self.steps, one, None)
-            return step + self.steps
+            return ring.fill(step, self.steps, copy)
 
         def compute(tile: Any, step: Any) -> Any:
             def accumulate(acc: Any) -> None:
-                def one(k: Any, _: None) -> None:
-                    slot = lax.rem(step + k, jnp.int32(STAGES))
-                    plgpu.barrier_wait(full.at[slot])
+                def work(slot: Any) -> None:
                     plgpu.wgmma(acc, to_read.at[slot], factor_smem.at[slot].T)
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[slot])
 
-                lax.fori_loop(0, self.steps, one, None)
+                ring.use(step, self.steps, work)
                 store = _store_plainly if self.interpret else fragments.store_low
                 store(acc[...], low, table[tile, FIRST], table[tile, ROWS], self.scale)
 

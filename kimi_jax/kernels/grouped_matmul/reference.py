@@ -7,6 +7,8 @@ proportion to the rows, and one group's weight at a time is dequantised. Derivat
 the tile's body is recomputed in the backward pass, so no dequantised weight is kept for it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -22,6 +24,7 @@ def grouped_matmul(
     weight: GroupedWeight,
     group_sizes_E: Int[Array, " E"],
     adapter: GroupedAdapter | None = None,
+    layer: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "A out"]:
     """Multiplies sorted rows by their group's weight; see `kimi_jax.kernels.api.grouped_matmul`."""
     tile_group, row_of_slot, slot_of_row = _cut_into_tiles(x_AI.shape[0], group_sizes_E)
@@ -34,7 +37,7 @@ def grouped_matmul(
         y = jnp.einsum(
             "ai,oi->ao",
             x_tile,
-            _group_weight(weight, group, x_tile.dtype),
+            _group_weight(weight, group if layer is None else (layer, group), x_tile.dtype),
             preferred_element_type=jnp.float32,
         )
         if adapter is not None:
@@ -55,10 +58,10 @@ def grouped_matmul(
     return y_tiles.reshape(-1, y_tiles.shape[-1])[slot_of_row]
 
 
-def _group_weight(weight: GroupedWeight, group: Array, dtype: jnp.dtype) -> Array:
+def _group_weight(weight: GroupedWeight, index: Any, dtype: jnp.dtype) -> Array:
     if isinstance(weight, PackedWeight):
-        return dequantise(weight.values[group], weight.scale[group]).astype(dtype)
-    return weight[group].astype(dtype)
+        return dequantise(weight.values[index], weight.scale[index]).astype(dtype)
+    return weight[index].astype(dtype)
 
 
 def _cut_into_tiles(rows: int, group_sizes_E: Array) -> tuple[Array, Array, Array]:

@@ -175,3 +175,41 @@ class GroupedMatmulContract:
         wanted = expected_gradients(x, plain, group_of_row, a, b, ones)
         for found, want in zip((y, dx, da, db), (expected, *wanted), strict=True):
             assert_close(found, want, tolerance=2**-6)
+
+    def test_layers_of_a_stack(self, packed, quickly):
+        """As the model calls it: a scan over layers, recomputed, with the whole stack closed over.
+
+        Fails if the layer is lost, in the product, in the backward pass or in the recomputation.
+        """
+        shapes = ADAPTERS["per group"]
+        layers = [operands(packed, shapes, ROWS, seed=seed) for seed in range(3)]
+        x, _, _, _, _ = layers[0]
+        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layer[1] for layer in layers))
+        factors = tuple(np.stack([layer[at] for layer in layers]) for at in (3, 4))
+        sizes = jnp.array(GROUP_SIZES["around multiples of a tile"], jnp.int32)
+        coefficients = np.random.default_rng(9).normal(size=(3, ROWS, OUT)).astype(np.float32)
+
+        def scanned(x, factors):
+            @jax.checkpoint
+            def one(total, each):
+                layer, (a, b), coefficient = each
+                y = api.grouped_matmul(
+                    x, stack, sizes, GroupedAdapter(a, b, SCALE), impl=self.impl, layer=layer
+                )
+                return total + (y * coefficient).sum(), None
+
+            each = (jnp.arange(3), factors, coefficients)
+            return jax.lax.scan(one, jnp.float32(0), each)[0]
+
+        gradient = quickly(jax.grad(scanned, argnums=(0, 1)), x, factors)
+        dx, (da, db) = gradient(x, factors)
+        group_of_row = np.repeat(np.arange(GROUPS), sizes)
+        wanted = [
+            expected_gradients(
+                x.astype(np.float64), layer[2], group_of_row, *layer[3:], coefficient
+            )
+            for layer, coefficient in zip(layers, coefficients.astype(np.float64), strict=True)
+        ]
+        assert_close(dx, sum(each[0] for each in wanted), tolerance=1e-5)
+        for found, at in ((da, 1), (db, 2)):
+            assert_close(found, np.stack([each[at] for each in wanted]), tolerance=1e-5)

@@ -15,6 +15,7 @@ from kimi_jax.int4 import dequantise_numpy
 from kimi_jax.kernels.grouped_matmul import fragments, mosaic, mosaic_body
 from kimi_jax.kernels.grouped_matmul.mosaic_body import Tuning
 from kimi_jax.kernels.grouped_matmul.schedule import FIRST, GROUP, ROWS, WIDTH, tile_table
+from kimi_jax.kernels.grouped_matmul.thin import multiply_few
 from kimi_jax.kernels.types import GroupedAdapter, PackedWeight
 
 WIDTHS = (16, 32, 48)
@@ -114,6 +115,21 @@ def test_product_and_gradients(adapted):
     for value, wanted in zip(found, (y, dx, da, db)[: 4 if adapted else 2], strict=False):
         assert_close(value, wanted)
     assert adapted or found[2:] == (None, None)
+
+
+@pytest.mark.parametrize("order", list(fragments.Order))
+def test_few_rows(order):
+    """A layer of a stack, by blocks that look for their rows; more and fewer rows than a pass."""
+    weight, plain, x, _, _, _ = operands()
+    found = multiply_few(jnp.asarray(x), weight, jnp.asarray(SIZES), order, LAYER, interpret=True)
+    by_feature = plain if order is fragments.Order.BY_ROW else plain.swapaxes(1, 2)
+    wanted = np.concatenate(
+        [
+            rows @ by_feature[group].T
+            for group, rows in enumerate(np.split(x.astype(np.float64), np.cumsum(SIZES)[:-1]))
+        ]
+    )
+    assert_close(found, wanted)
 
 
 def test_no_dequantised_weight_is_kept():

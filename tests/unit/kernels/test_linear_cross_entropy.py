@@ -1,6 +1,9 @@
 """Implementations of head and cross-entropy, each against full logits in float64."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -8,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kimi_jax.errors import UserError
 from kimi_jax.kernels import api
+from kimi_jax.kernels.linear_cross_entropy.fused import VocabularySplit
 from kimi_jax.kernels.types import LinearAdapter
 from tests.unit.jaxprs import all_equations
 
@@ -123,6 +128,56 @@ class CrossEntropyContract:
 
 class TestReference(CrossEntropyContract):
     impl = "reference"
+
+
+class TestFused(CrossEntropyContract):
+    impl = "fused"
+
+    def test_logits_are_formed_once(self):
+        """Loss and gradient cost two products with the head, not three."""
+        case = draw(96, 8, 300)
+        function, arguments = self.loss(case, False, 16)
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(function))(*arguments)
+        products = [e for e in all_equations(jaxpr) if e.primitive.name == "dot_general"]
+        assert len(products) == 2
+
+    def test_no_gradient_where_none_is_asked_for(self):
+        function, arguments = self.loss(draw(96, 8, 300), True, 16)
+        jaxpr = jax.make_jaxpr(function)(*arguments)
+        products = [e for e in all_equations(jaxpr) if e.primitive.name == "dot_general"]
+        assert len(products) == 3  # hidden · Wᵀ, hidden · aᵀ, · bᵀ
+
+    def test_cotangent_is_applied(self, quickly):
+        """A mean divides the sum: the gradient made with the loss has to be divided too."""
+        function, arguments = self.loss(draw(), True, 4)
+        once = quickly(jax.grad(function, argnums=(0, 1, 2)), *arguments)(*arguments)
+
+        def quarter(*arguments):
+            return function(*arguments) / 4
+
+        found = quickly(jax.grad(quarter, argnums=(0, 1, 2)), *arguments)(*arguments)
+        for value, whole in zip(found, once, strict=True):
+            np.testing.assert_allclose(value, whole / 4, rtol=1e-6)
+
+
+def test_reference_refuses_a_split():
+    case = draw()
+    with pytest.raises(UserError, match="split"):
+        api.linear_cross_entropy(
+            *(jnp.asarray(case[name]) for name in ("hidden", "head", "targets", "weights")),
+            impl="reference",
+            split=VocabularySplit("x", 0),
+        )
+
+
+def test_split_over_devices():
+    """Loss and gradients of eight devices' parts are those of the whole; see `split_cross_entropy`."""
+    subprocess.run(
+        [sys.executable, "-m", "tests.unit.kernels.split_cross_entropy"],
+        cwd=Path(__file__).parents[3],
+        timeout=300,
+        check=True,
+    )
 
 
 def test_head_logits(quickly):

@@ -1,0 +1,222 @@
+"""What the passes of packed attention on Hopper share: who works on what, and shared memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+COMPUTING = 2  # warpgroups
+ROWS = 64  # of a warpgroup, as WGMMA has them
+TILE = COMPUTING * ROWS  # rows of a block
+HEADS_TOGETHER = 4  # whose keys and values are in the L2 cache at a time
+LOG2_E = 1.4426950408889634
+# A row may have nothing to see in a tile: the largest of its scores, in powers of 2, is then the
+# lowest, and the exponential of a masked score minus that is 0, not NaN.
+MASKED, LOWEST = -1e30, -1e6
+MEMORY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # together what three warpgroups are launched with
+
+Accumulator: Any = plgpu.WGMMAAccumulatorRef
+BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a kernel's code is specialised for.
+
+    batch, length, heads: of rows [B, T, N, width]. key_width, value_width: of a head. scale: of the
+    scores. interpret: run on the CPU.
+    """
+
+    batch: int
+    length: int
+    heads: int
+    key_width: int
+    value_width: int
+    scale: float
+    interpret: bool
+
+    @property
+    def tiles(self) -> int:
+        """Blocks along a row of tokens."""
+        return self.length // TILE
+
+    @property
+    def grid(self) -> int:
+        """Blocks altogether."""
+        return self.batch * self.heads * self.tiles
+
+    def place(self, last_first: bool) -> tuple[Any, Any, Any]:
+        """This block's sequence, head and tile: some heads at a time, the longest work of them first.
+
+        Args:
+            last_first: whether later tiles have more to do.
+        """
+        together = HEADS_TOGETHER if self.heads % HEADS_TOGETHER == 0 else 1
+        rest, head = _divide(lax.axis_index("block"), together)
+        rest, tile = _divide(rest, self.tiles)
+        sequence, group = _divide(rest, self.heads // together)
+        return (
+            sequence,
+            group * together + head,
+            (self.tiles - 1 - tile) if last_first else tile,
+        )
+
+
+def _divide(number: Any, by: int) -> tuple[Any, Any]:
+    return lax.div(number, jnp.int32(by)), lax.rem(number, jnp.int32(by))
+
+
+def operand_memory(*shape: int, group: int = 64) -> Any:
+    """Shared memory for bf16 operands of WGMMA.
+
+    Their last dimension, and what is contracted, are multiples of `group`: 64, or 32, which both
+    operands of a product have to be in.
+    """
+    tiling: Any = plgpu.TilingTransform
+    swizzle: Any = plgpu.SwizzleTransform
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(tiling((8, group)), swizzle(2 * group)))
+
+
+def reused_memory(width: int, width_out: int, interpret: bool) -> Any:
+    """A warpgroup's 64 rows of an operand, and in the same bytes those of what it puts out.
+
+    The output has more rows than are used, so that both warpgroups' begin at the same places. The
+    interpreter, which knows no unions, gets the operand alone.
+    """
+    assert ROWS * width % width_out == 0
+    assert width >= width_out
+    operand = operand_memory(COMPUTING, ROWS, width)
+    out = operand_memory(COMPUTING, ROWS * width // width_out, width_out)
+    return operand if interpret else plgpu.RefUnion(operand, out)
+
+
+def full_barrier(stages: int, copies: int = 1) -> Any:
+    """Stages that copies fill."""
+    return plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+
+
+def empty_barrier(stages: int) -> Any:
+    """Stages that all computing warpgroups release."""
+    return plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages)
+
+
+def specialise(
+    empties: tuple[Any, ...], stages: int, move: Callable[[], None], compute: Callable[[Any], None]
+) -> None:
+    """The last warpgroup moves, the others compute; `compute` gets their number.
+
+    `empties` are the barriers by which those that compute release the stages of a pipeline. All are
+    empty at first, and at last, so that no barrier is left in the middle of a phase.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == COMPUTING)
+    def _() -> None:
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        move()
+        for empty in empties:
+            for slot in range(stages):
+                plgpu.barrier_wait(empty.at[slot])
+
+    @pl.when(warpgroup < COMPUTING)
+    def _() -> None:
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        for empty in empties:
+            for slot in range(stages):
+                plgpu.barrier_arrive(empty.at[slot])
+        compute(warpgroup)
+
+
+def spread(vector: Any, columns: int, dimension: int = 0) -> Any:
+    """A vector along rows (0) or columns (1) of a tile of 64 × columns."""
+    return lax.broadcast_in_dim(vector, (ROWS, columns), [dimension])
+
+
+def numbers(columns: int, dimension: int, first: Any) -> Any:
+    """first, first + 1, … along rows (0) or columns (1) of a tile."""
+    shape = (ROWS, columns)
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA) + first
+
+
+def zeros(columns: int) -> Any:
+    """A tile of fp32 zeros in an accumulator's layout."""
+    return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def load_rows(ref: Any, index: tuple[Any, ...]) -> Any:
+    """One number for each row of a tile, from global memory."""
+    return plgpu.load(ref, index, layout=BY_ROW, optimized=False)
+
+
+def interpreter_memory(plan: Plan, operand: int, *widths: int, group: int = 64) -> tuple[Any, ...]:
+    """What the interpreter has in place of registers: a bf16 operand of 64 rows, and accumulators."""
+    if not plan.interpret:
+        return ()
+    shapes = [(COMPUTING, ROWS, width) for width in widths]
+    return (
+        operand_memory(COMPUTING, ROWS, operand, group=group),
+        *(plgpu.SMEM(shape, jnp.float32) for shape in shapes),
+    )
+
+
+def with_accumulators(memory: Any, work: Callable[..., Any], *widths: int) -> Any:
+    """Calls work with an fp32 accumulator of 64 rows for each width."""
+    if memory:
+        return work(*(ref.at[lax.axis_index("warpgroup")] for ref in memory[1:]))
+    return pl.run_scoped(work, *(Accumulator((ROWS, width), jnp.float32) for width in widths))
+
+
+def multiply(accumulator: Any, a: Any, b: Any, memory: Any) -> None:
+    """accumulator += a · b, in flight until `wait` or `read` says otherwise.
+
+    The interpreter's WGMMA takes no operand from registers, and its accumulators cannot be written.
+    """
+    if not memory:
+        plgpu.wgmma(accumulator, a, b)
+        return
+    if isinstance(a, jax.Array):
+        stage = memory[0].at[lax.axis_index("warpgroup")]
+        stage[...] = a
+        plgpu.commit_smem()
+        a = stage
+
+    def product(fresh: Any) -> Any:
+        plgpu.wgmma(fresh, a, b)
+        return fresh[...]
+
+    fresh = Accumulator(tuple(accumulator.shape), jnp.float32)
+    accumulator[...] = accumulator[...] + pl.run_scoped(product, fresh)
+
+
+def wait(plan: Plan, in_flight: int) -> None:
+    """Until at most so many of the latest products are unfinished."""
+    if not plan.interpret:
+        plgpu.wgmma_wait(in_flight)
+
+
+def read(plan: Plan, accumulator: Any, in_flight: int) -> Any:
+    """An accumulator, when at most so many of the latest products are unfinished."""
+    if plan.interpret:
+        return accumulator[...]
+    return plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
+
+
+def launch(body: Callable[..., None], plan: Plan, out_type: Any, scratch: Any, name: str) -> Any:
+    """A kernel of the plan's blocks of three warpgroups."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(plan.grid,),
+        grid_names=("block",),
+        num_threads=COMPUTING + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+        scratch_types=scratch,
+        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
+    )

@@ -1,0 +1,80 @@
+"""Each token's rows of a window summed on Hopper: `combine_window` reads the rows that are there.
+
+A gather would read some row for every assignment, though most of them stand in other devices'
+windows. Sums are fp32, in the order of a token's assignments.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, BFloat16, Int
+
+THREADS, VECTOR = 128, 8  # elements that a thread loads at once
+WIDEST = 64 * THREADS  # then a thread holds 64 sums
+REQUIRED = f"bfloat16, a multiple of {THREADS * VECTOR} up to {WIDEST} wide"
+BLOCKS = 132 * 4
+
+
+def takes(y: Array) -> bool:
+    """Whether rows are bf16 and of a width that a block's threads share evenly."""
+    width = y.shape[-1]
+    return y.dtype == jnp.bfloat16 and width % (THREADS * VECTOR) == 0 and width <= WIDEST
+
+
+def sum_rows(
+    y_CD: BFloat16[Array, "C D"],
+    row_A: Int[Array, " A"],
+    k: int,
+    start: Int[Array, ""],
+    total: Int[Array, ""],
+    interpret: bool = False,
+) -> BFloat16[Array, "tokens D"]:
+    """out[t] = Σ over j of y[row[t · k + j] - start], where that is a row of y and row < total.
+
+    Args:
+        y_CD: rows, `takes` said yes.
+        row_A: the sorted row of each assignment, A = k · tokens.
+        k: assignments of a token.
+        start: of the window.
+        total: rows at or beyond this one are nobody's.
+        interpret: run on the CPU.
+    """
+    capacity, width = y_CD.shape
+    tokens = row_A.shape[0] // k
+    blocks = 2 if interpret else BLOCKS
+    layout: Any = plgpu.Layout.WG_STRIDED((width,), vec_size=VECTOR)
+
+    def body(y: Any, row: Any, bounds: Any, out: Any) -> None:
+        block = lax.axis_index("block")
+        first, end = bounds[0], bounds[1]
+
+        def one(n: Any, _: None) -> None:
+            token = block + n * blocks
+            places = [row[token * k + j] - first for j in range(k)]
+            total = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
+            for place in places:
+
+                def add(total: Any, place: Any = place) -> Any:
+                    found = plgpu.load(y.at[place], layout=layout, optimized=False)
+                    return total + found.astype(jnp.float32)
+
+                total = lax.cond((place >= 0) & (place < end), add, lambda total: total, total)
+            out[token] = total.astype(jnp.bfloat16)
+
+        lax.fori_loop(0, lax.div(tokens - block + (blocks - 1), jnp.int32(blocks)), one, None)
+
+    end = jnp.clip(total - start, 0, capacity)
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((tokens, width), y_CD.dtype),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name="sum_rows",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(y_CD, row_A, jnp.stack([start, end]).astype(jnp.int32))

@@ -1,0 +1,133 @@
+"""The Hopper attention implementations against fp32, on a GPU.
+
+Not run by CI, which has none. On a machine with a Hopper GPU: `pytest tests/device`, or without
+pytest `python tests/device/test_attention.py`.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from kimi_jax.kernels.mla_attention import cudnn, mosaic, reference
+
+try:
+    import pytest
+except ImportError:  # run as a script
+    pytest = None
+
+HEADS, KEY, VALUE, SCALE, TOLERANCE = 4, 192, 128, 0.1, 6e-3
+# Lengths of segments, those of padding negative; the rest of a row is padding. As few shapes as
+# possible, because most of the time is spent compiling.
+LENGTH = 1024
+ROWS = {
+    "one segment": [[1024], [1024]],
+    "one segment and padding": [[700], [1]],
+    "ends at tiles": [[128, 256, 640], [512, 512]],
+    "ends anywhere": [[1, 63, 65, 127, 1, 300, 467], [1000, 24]],
+    "many short": [[8] * 128, [3] * 341],
+    "padding between": [[100, -50, 874], []],
+    "not whole tiles": [[333, 200], [533]],
+}
+ONE_SEGMENT = ("one segment", "one segment and padding")
+CASES = [("cudnn", name) for name in ONE_SEGMENT] + [("pallas", name) for name in ROWS]
+IMPLEMENTATIONS = {
+    "cudnn": cudnn.attention,
+    "cudnn, same bits": partial(cudnn.attention, deterministic=True),
+    "pallas": mosaic.attention,
+    "reference": reference.attention,
+}
+
+
+def segment_ids(rows):
+    """Of lengths."""
+    length = LENGTH if rows != ROWS["not whole tiles"] else 533
+    ids = np.zeros((len(rows), length), np.int32)
+    for row, lengths in zip(ids, rows, strict=True):
+        start = 0
+        for number, size in enumerate(lengths, start=1):
+            row[start : start + abs(size)] = number if size > 0 else 0
+            start += abs(size)
+    return ids
+
+
+def operands(ids):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [
+        jax.random.normal(key, (*ids.shape, HEADS, width), jnp.bfloat16)
+        for key, width in zip(keys, (KEY, KEY, VALUE, VALUE), strict=True)
+    ]
+
+
+@partial(jax.jit, static_argnums=0)
+def with_gradients(name, q, k, v, d_out, ids):
+    function = IMPLEMENTATIONS[name]
+    out, pullback = jax.vjp(lambda q, k, v: function(q, k, v, ids, SCALE), q, k, v)
+    return out, *pullback(d_out)
+
+
+def run_case(name, rows):
+    """Output and gradients at real tokens; padding is finite and gets and gives no gradient."""
+    ids = segment_ids(ROWS[rows])
+    values = operands(ids)
+    found = with_gradients(name, *values, jnp.asarray(ids))
+    real = jnp.asarray(ids > 0)[:, :, None, None]
+    exact = [v.astype(jnp.float32) for v in values]
+    exact[3] = jnp.where(real, exact[3], 0)
+    with jax.default_matmul_precision("highest"):
+        wanted = with_gradients("reference", *exact, jnp.asarray(ids))
+    for part, value, want in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+        assert bool(jnp.isfinite(value).all()), f"{part} is not finite"
+        difference = jnp.where(real, value.astype(jnp.float32) - want, 0)
+        error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(jnp.where(real, want, 0)))
+        assert error <= TOLERANCE, (part, error)
+        if part != "out":
+            assert not bool(jnp.where(real, 0, value).any()), f"{part} of padding"
+
+
+def run_same_bits(name):
+    """Twice the same bits: sums have a fixed order."""
+    ids = jnp.ones((2, LENGTH), jnp.int32)
+    values = operands(ids)
+    first, second = (with_gradients(name, *values, ids) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert bool((a == b).all())
+
+
+SAME_BITS = ("cudnn, same bits", "pallas")
+
+if pytest is not None:
+    on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+    @on_gpu
+    @pytest.mark.parametrize(("name", "rows"), CASES)
+    def test_output_and_gradients(name, rows):
+        run_case(name, rows)
+
+    @on_gpu
+    @pytest.mark.parametrize("name", SAME_BITS)
+    def test_same_bits(name):
+        run_same_bits(name)
+
+
+def main():
+    failures = 0
+    runs = [(", ".join(case), partial(run_case, *case)) for case in CASES]
+    runs += [(f"{name} twice", partial(run_same_bits, name)) for name in SAME_BITS]
+    for name, run in runs:
+        try:
+            run()
+            print("passed:", name, flush=True)
+        except Exception as error:
+            failures += 1
+            print("FAILED:", name, "|", type(error).__name__, str(error)[:300], flush=True)
+    raise SystemExit(failures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The Hopper kernels that move tokens in Pallas' interpreter, against gathers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kimi_jax.errors import UserError
+from kimi_jax.kernels import token_movement as movement
+from kimi_jax.kernels.target import compiling_for
+from kimi_jax.kernels.token_movement import scatter, sums
+
+TOKENS, K, EXPERTS, WIDTH = 5, 3, 6, 1024
+
+
+@pytest.fixture(scope="module")
+def order():
+    """Experts 0 to 3 are here."""
+    chosen = jax.random.randint(jax.random.key(1), (TOKENS, K), 0, EXPERTS)
+    return movement.sort_by_expert(chosen, 4)
+
+
+def test_scatter(order):
+    """A window that begins within the rows and ends beyond them: what is nobody's is zero."""
+    x = jax.random.normal(jax.random.key(0), (TOKENS, WIDTH), jnp.bfloat16)
+    total = order.group_sizes.sum()
+    start, capacity = 2, TOKENS * K
+    assert start < total < start + capacity
+    found = scatter.scatter_rows(x, order.row, K, jnp.int32(start), total, capacity, interpret=True)
+    wanted = movement.dispatch_window(x, order, K, start, capacity, impl="gather")
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("start", "capacity"), [(2, TOKENS * K), (1, 4)])
+def test_sums(order, start, capacity):
+    """Rows of others' windows, and rows that are nobody's, are not even read."""
+    y = jax.random.normal(jax.random.key(0), (capacity, WIDTH), jnp.bfloat16)
+    total = order.group_sizes.sum()
+    y = jnp.where((jnp.arange(capacity) < total - start)[:, None], y, jnp.nan)
+    found = sums.sum_rows(y, order.row, K, jnp.int32(start), total, interpret=True)
+    wanted = movement.combine_window(y, order, K, start, impl="gather")
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("width", [1024, 100])
+def test_auto_is_the_kernel_on_hopper(order, width):
+    """For rows that it takes; named, it raises for others."""
+    x = jnp.zeros((TOKENS, width), jnp.bfloat16)
+
+    def there_and_back(x):
+        rows = movement.dispatch_window(x, order, K, 0, 8)
+        return movement.combine_window(rows, order, K, 0)
+
+    with compiling_for("NVIDIA H200"):
+        names = str(jax.make_jaxpr(there_and_back)(x))
+    taken = width == 1024
+    assert [name in names for name in ("scatter_rows", "sum_rows")] == [taken, taken]
+    if not taken:
+        with pytest.raises(UserError, match="required"):
+            movement.dispatch(x, order, K, impl="pallas")

@@ -1,0 +1,1 @@
+"""What `tools/bench_kernels.py` measures: one module for each kernel, and what they share."""

@@ -1,12 +1,15 @@
 """What every command does with its outcome: exit codes, and one message for a user's mistake."""
 
+import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from kimi_jax.errors import RunStopped, UserError
 
 USER_ERROR = 2  # argparse's own exit code for a bad argument
 STOPPED = 3
+DEFECT = 1  # Python's own exit code for an exception
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -23,14 +26,32 @@ def run_command(
         main: takes the arguments, or None for those of the process.
         arguments: passed to `main`.
     """
+    _show_log()
     try:
         main(arguments)
-    except UserError as error:
+    except (UserError, RunStopped, KeyboardInterrupt) as error:
+        sys.exit(report(error))
+
+
+def _show_log() -> None:
+    """The package's own log on standard error: which kernels are used, and why slow ones are."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("kimi_jax")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
+def report(error: BaseException) -> int:
+    """Says on standard error what ended the process, and returns the exit code for it."""
+    if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-    except RunStopped as error:
+        return USER_ERROR
+    if isinstance(error, RunStopped):
         print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(STOPPED)
-    except KeyboardInterrupt:
+        return STOPPED
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
+    traceback.print_exception(error)
+    return DEFECT

@@ -16,6 +16,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 Recompute = Literal["none", "layer"]
 ExpertFactors = Literal["per_expert", "shared"]
+Rest = Literal["sharded", "replicated"]
 ActivationDtype = Literal["float32", "bfloat16"]
 
 
@@ -98,7 +99,9 @@ class TrainSection(Section):
 
     steps: PositiveInt
     learning_rate: PositiveFloat
-    micro_batch: PositiveInt = Field(description="rows of one forward and backward pass")
+    micro_batch: PositiveInt = Field(
+        description="rows of one forward and backward pass, of all devices together"
+    )
     accumulate: PositiveInt = Field(description="micro-batches of one optimizer step")
     sequence_length: Annotated[int, Field(ge=2)]
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -166,15 +169,18 @@ class MeshSection(Section):
 
     expert: PositiveInt = Field(default=1, description="devices that share the experts")
     data: PositiveInt = Field(default=1, description="replicas of the whole")
-
-    @model_validator(mode="after")
-    def _one_device(self) -> Self:
-        if self.expert * self.data != 1:
-            raise ValueError(
-                f"expert = {self.expert} and data = {self.data} ask for {self.expert * self.data} "
-                "devices; this version runs on one: set both to 1"
-            )
-        return self
+    rest: Rest = Field(
+        default="sharded",
+        description="weights that are not experts': a part on each device, gathered at use, or whole",
+    )
+    expert_buffer: Annotated[float, Field(ge=0.01, le=1000, allow_inf_nan=False)] = Field(
+        default=1.5,
+        description="rows an expert pass holds, times a device's mean; what is beyond takes more passes",
+    )
+    half_batches: Literal[1, 2] = Field(
+        default=1,
+        description="2: a device's rows in two halves, one travels while the other computes",
+    )
 
 
 class RunConfig(Section):
@@ -187,6 +193,18 @@ class RunConfig(Section):
     train: TrainSection
     evaluate: EvaluateSection = Field(default_factory=lambda: EvaluateSection())
     mesh: MeshSection = Field(default_factory=lambda: MeshSection())
+
+    @model_validator(mode="after")
+    def _rows_divide(self) -> Self:
+        mesh, rows = self.mesh, self.train.micro_batch
+        parts = mesh.expert * mesh.data * mesh.half_batches
+        if rows % parts:
+            raise ValueError(
+                f"train.micro_batch is {rows}; it must be a multiple of mesh.expert × mesh.data × "
+                f"mesh.half_batches = {mesh.expert} × {mesh.data} × {mesh.half_batches} = {parts}, so "
+                "that every device has the same number of rows"
+            )
+        return self
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Self:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kimi_jax.config import RunConfig
+from kimi_jax.config import MeshSection, RunConfig
 from kimi_jax.errors import MissingFileError, UserError, listing
 
 _MERGE = "tag:yaml.org,2002:merge"  # the key `<<`
@@ -79,9 +79,31 @@ def load_config(
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(e) for e in error.errors()]
-        headline = f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration"
-        raise UserError(listing(headline, problems)) from error
+        raise _refusal(name, error) from error
+
+
+def read_mesh(values: Mapping[str, Any]) -> MeshSection:
+    """The `mesh` section alone, of a dictionary.
+
+    Raises:
+        UserError: as for a whole configuration.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"mesh: found {type(values).__name__}, required a mapping like {{'expert': 8}} or a MeshSection"
+        )
+    try:
+        return MeshSection.model_validate(dict(values))
+    except ValidationError as error:
+        raise _refusal("mesh", error, ("mesh",)) from error
+
+
+def _refusal(name: str, error: ValidationError, section: tuple[str, ...] = ()) -> UserError:
+    problems = [_describe({**e, "loc": (*section, *e["loc"])}) for e in error.errors()]
+    headline = (
+        f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration"
+    )
+    return UserError(listing(headline, problems))
 
 
 def dump_config(config: RunConfig) -> str:

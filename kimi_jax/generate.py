@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of activations")
     parser.add_argument("--latent-norm-eps", type=float, help="as model.latent_norm_eps of the run")
+    parser.add_argument(
+        "--expert", type=int, default=1, metavar="N", help="devices that share the model"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
     options = parser.parse_args(arguments)
     if (options.checkpoint is None) == (options.run is None):
@@ -45,11 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from kimi_jax.training.assemble import load_parts, load_run
 
     if options.run is not None:
-        parts = load_run(options.run, options.dtype)
+        parts = load_run(options.run, options.dtype, {"expert": options.expert})
     else:
         given = {"dtype": options.dtype, "latent_norm_eps": options.latent_norm_eps}
         chosen = {name: value for name, value in given.items() if value is not None}
-        parts = load_parts(options.checkpoint, options.adapter, **chosen)
+        mesh = {"expert": options.expert}
+        parts = load_parts(options.checkpoint, options.adapter, **chosen, mesh=mesh)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     prompts = render(
         [

@@ -8,7 +8,7 @@ factor on the hidden side: A of gate and up, B of down.
 import difflib
 import fnmatch
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -103,11 +103,16 @@ def adapter_shapes(plan: AdapterPlan) -> dict[str, tuple[int, ...]]:
     }
 
 
-def init_adapters(plan: AdapterPlan, seed: int) -> dict[str, jax.Array]:
+def init_adapters(
+    plan: AdapterPlan,
+    seed: int,
+    place: Callable[[str, np.ndarray], jax.Array] = lambda _, values: jnp.asarray(values),
+) -> dict[str, jax.Array]:
     """Initial factors, fp32: A uniform in ±1/√in as PEFT's, B zero, so that the model starts as its base.
 
     Each layer's factor has a generator of its own, keyed by seed, path and layer: another target more
-    or less changes no other's draw. They are drawn on the host, where it costs no compilation.
+    or less changes no other's draw. They are drawn on the host, where it costs no compilation, and
+    go through `place`, with their path, to the devices.
     """
     factors = {}
     for path, shape in adapter_shapes(plan).items():
@@ -118,7 +123,7 @@ def init_adapters(plan: AdapterPlan, seed: int) -> dict[str, jax.Array]:
                 key = [seed, zlib.crc32(path.encode()), layer if in_stack else 0]
                 uniform = np.random.default_rng(key).random(values[layer].shape, np.float32)
                 values[layer] = (2 * uniform - 1) * np.float32(shape[-1] ** -0.5)
-        factors[path] = jnp.asarray(values)
+        factors[path] = place(path, values)
     return factors
 
 

@@ -1,9 +1,10 @@
 """`python -m kimi_jax.train --config F [section.field=value …]`: fine-tunes, or goes on with a run."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
-from kimi_jax.command import run_command
+from kimi_jax.command import report, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,14 +21,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="N",
         help="print N training examples with the weight of each token, and stop",
     )
+    several = parser.add_argument_group(
+        "several processes",
+        "found by themselves under Slurm, Open MPI and Kubernetes; elsewhere give all three to each",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--processes", type=int, metavar="N", help="how many; 1: this one alone")
+    several.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="wins over the file"
     )
     options = parser.parse_args(arguments)
 
+    # A large run needs more of a GPU than JAX takes unasked; read when JAX first sees a device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     # Imported after the arguments are read: --help and a typo answer at once.
     from kimi_jax.config_file import load_config
     from kimi_jax.console import make_console
+    from kimi_jax.parallel import processes
     from kimi_jax.training.examples import preview
     from kimi_jax.training.loop import run
 
@@ -35,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = make_console()
     if options.preview is not None:
         preview(config, options.preview, console)
-    else:
+        return
+    given = processes.Settings(options.coordinator, options.processes, options.process)
+    processes.start(given)
+    with processes.ended_together(report):
+        console.quiet = not processes.is_first()
         run(config, console)
 
 

@@ -25,8 +25,9 @@ from kimi_jax.data.loader import Batches
 from kimi_jax.data.rows import JsonlRows
 from kimi_jax.int4 import pack_numpy, quantise_numpy
 from kimi_jax.model.config import parse_model_config
+from kimi_jax.model.layer import ModelSettings
 from kimi_jax.model.params import weight_table
-from kimi_jax.model.transformer import ModelDef, ModelSettings
+from kimi_jax.model.transformer import ModelDef
 from kimi_jax.weights.load import base_path
 from kimi_jax.weights.names import Tensor, expected_tensors
 from kimi_jax.weights.reader import INDEX

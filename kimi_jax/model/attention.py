@@ -13,6 +13,7 @@ from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.layers import Linear, Norm
 from kimi_jax.model.params import Weight
 from kimi_jax.model.rope import rotate
+from kimi_jax.parallel.ranks import Ranks
 
 
 class LatentCache(NamedTuple):
@@ -35,18 +36,19 @@ class LatentAttention(nnx.Module):
         plan: AdapterPlan,
         config: ModelConfig,
         latent_norm_eps: float,
+        ranks: Ranks,
     ) -> None:
         self.config = config
         if config.q_lora_rank is None:
-            self.q_proj = Linear(rows["self_attn.q_proj"], plan)
+            self.q_proj = Linear(rows["self_attn.q_proj"], plan, ranks)
         else:
-            self.q_a_proj = Linear(rows["self_attn.q_a_proj"], plan)
+            self.q_a_proj = Linear(rows["self_attn.q_a_proj"], plan, ranks)
             self.q_a_layernorm = Norm(rows["self_attn.q_a_layernorm"], latent_norm_eps)
-            self.q_b_proj = Linear(rows["self_attn.q_b_proj"], plan)
-        self.kv_a_proj_with_mqa = Linear(rows["self_attn.kv_a_proj_with_mqa"], plan)
+            self.q_b_proj = Linear(rows["self_attn.q_b_proj"], plan, ranks)
+        self.kv_a_proj_with_mqa = Linear(rows["self_attn.kv_a_proj_with_mqa"], plan, ranks)
         self.kv_a_layernorm = Norm(rows["self_attn.kv_a_layernorm"], latent_norm_eps)
-        self.kv_b_proj = Linear(rows["self_attn.kv_b_proj"], plan)
-        self.o_proj = Linear(rows["self_attn.o_proj"], plan)
+        self.kv_b_proj = Linear(rows["self_attn.kv_b_proj"], plan, ranks)
+        self.o_proj = Linear(rows["self_attn.o_proj"], plan, ranks)
 
     def __call__(
         self,

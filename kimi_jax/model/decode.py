@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.errors import UserError
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.transformer import ModelDef, Values, check_tokens
+from kimi_jax.parallel.ranks import REPLICATED
 
 PROMPT_MULTIPLE = 32  # prompts are padded to it, so that few lengths are compiled
 
@@ -64,18 +65,22 @@ def generate(
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
+    request = (
+        tokens,
+        np.asarray([len(prompt) for prompt in prompts], np.int32),
+        np.float32(sampling.temperature),
+        np.float32(sampling.top_p),
+        np.int32(sampling.seed),
+        np.asarray(stop_ids, np.int32),
+    )
+    put = model_def.settings.ranks.put
     new, count = _generate(
         model_def,
         max_new_tokens,
         sampling.temperature > 0,
         dict(base),
         dict(adapters),
-        jnp.asarray(tokens),
-        jnp.asarray([len(prompt) for prompt in prompts], jnp.int32),
-        jnp.float32(sampling.temperature),
-        jnp.float32(sampling.top_p),
-        jax.random.key(sampling.seed),
-        jnp.asarray(stop_ids, jnp.int32),
+        *(put(np.asarray(value), REPLICATED) for value in request),
     )
     new, count = np.asarray(new), np.asarray(count)
     return [new[row, : count[row]] for row in range(len(prompts))]
@@ -124,17 +129,39 @@ def _generate(
     lengths_B: Int[Array, " B"],
     temperature: Array,
     top_p: Array,
-    key: Array,
+    seed: Array,
     stop_ids: Array,
 ) -> tuple[Int[Array, "B new"], Int[Array, " B"]]:
-    model = model_def.bind(base, adapters)
+    specs = (model_def.base_specs, model_def.adapter_specs, *[REPLICATED] * 6)
+    continued = partial(_continue, model_def, max_new, draw)
+    run = model_def.settings.ranks.run(continued, specs, (REPLICATED, REPLICATED))
+    return run(base, adapters, prompts_BT, lengths_B, temperature, top_p, seed, stop_ids)
+
+
+def _continue(
+    model_def: ModelDef,
+    max_new: int,
+    draw: bool,
+    base: Any,
+    adapters: Any,
+    prompts_BT: Array,
+    lengths_B: Array,
+    temperature: Array,
+    top_p: Array,
+    seed: Array,
+    stop_ids: Array,
+) -> tuple[Array, Array]:
+    model, ranks = model_def.bind(base, adapters), model_def.settings.ranks
+    key = jax.random.key(seed)
     batch, width = prompts_BT.shape
 
     def choose(logits_BV: Array, step: Array) -> Array:
-        if not draw:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        kept = nucleus(logits_BV / temperature, top_p)
-        return jax.random.categorical(jax.random.fold_in(key, step), kept).astype(jnp.int32)
+        if draw:
+            kept = nucleus(logits_BV / temperature, top_p)
+            chosen = jax.random.categorical(jax.random.fold_in(key, step), kept)
+        else:
+            chosen = jnp.argmax(logits_BV, axis=-1)
+        return ranks.agreed(chosen.astype(jnp.int32))
 
     # Places past a prompt's end are filled with what its padding gives, and overwritten one by one
     # before anything attends to them: place s is visible to positions from s on only.

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 
 from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, LinearAdapter, PackedWeight
 from kimi_jax.lora import Adapter, AdapterPlan
+from kimi_jax.model.layout import in_parts
 from kimi_jax.model.params import Weight, scale_shape
+from kimi_jax.parallel.ranks import Ranks
 
 DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
 
@@ -20,9 +22,13 @@ class Base(nnx.Variable):
     """A weight of the base model: imported, frozen, never differentiated."""
 
 
-def declare(weight: Weight) -> Base:
+class Stacked(Base):
+    """A base weight whose layers stay in their stack: kernels read the one they are told, in place."""
+
+
+def declare(weight: Weight, kind: type[Base] = Base) -> Base:
     """The place of a weight that is stored as one floating array; its value comes later."""
-    return Base(jax.ShapeDtypeStruct(weight.stacked_shape, DTYPES[weight.storage]))
+    return kind(jax.ShapeDtypeStruct(weight.stacked_shape, DTYPES[weight.storage]))
 
 
 class Norm(nnx.Module):
@@ -58,13 +64,21 @@ class _Adapted(nnx.Module):
 class Linear(_Adapted):
     """y = x · Wᵀ + alpha/rank · (x · Aᵀ) · Bᵀ, with W [out, in]."""
 
-    def __init__(self, weight: Weight, plan: AdapterPlan) -> None:
+    def __init__(self, weight: Weight, plan: AdapterPlan, ranks: Ranks) -> None:
         self.weight = declare(weight)
+        self.ranks = ranks
+        self.in_parts = in_parts(weight, ranks)
         self._declare_adapter(plan.get(weight.path))
+
+    @property
+    def whole_weight(self) -> Float[Array, "out in"]:
+        """The weight with all its rows, gathered if every rank keeps a part of them."""
+        weight = self.weight[...]
+        return self.ranks.gather(weight) if self.in_parts else weight
 
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         """Activation dtype in and out; products are accumulated in fp32."""
-        y = _product(x, self.weight[...])
+        y = _product(x, self.whole_weight)
         if (adapter := self.adapter) is not None:
             low = _product(x, adapter.a).astype(x.dtype)
             y += adapter.scale * _product(low, adapter.b)
@@ -79,7 +93,7 @@ class Linear(_Adapted):
 
     def merged(self, dtype: jnp.dtype) -> Float[Array, "out in"]:
         """W + alpha/rank · B · A, for uses that need the matrix itself (the absorbed form of MLA)."""
-        weight = self.weight[...].astype(dtype)
+        weight = self.whole_weight.astype(dtype)
         if (adapter := self.adapter) is not None:
             delta = adapter.scale * jnp.einsum("or,ri->oi", adapter.b, adapter.a)
             weight = (weight.astype(jnp.float32) + delta).astype(dtype)
@@ -87,21 +101,21 @@ class Linear(_Adapted):
 
 
 class ExpertLinear(_Adapted):
-    """The same projection of every routed expert of a layer, packed int4 or bf16."""
+    """The same projection of a rank's routed experts, packed int4 or bf16, in all layers of the stack."""
 
     def __init__(self, weight: Weight, plan: AdapterPlan) -> None:
         packed = weight.storage == "int4"
         shape = weight.stacked_shape
-        self.values = Base(jax.ShapeDtypeStruct(shape, jnp.int4)) if packed else None
+        self.values = Stacked(jax.ShapeDtypeStruct(shape, jnp.int4)) if packed else None
         self.scale = (
-            Base(jax.ShapeDtypeStruct(scale_shape(shape), jnp.bfloat16)) if packed else None
+            Stacked(jax.ShapeDtypeStruct(scale_shape(shape), jnp.bfloat16)) if packed else None
         )
-        self.weight = None if packed else declare(weight)
+        self.weight = None if packed else declare(weight, Stacked)
         self._declare_adapter(plan.get(weight.path))
 
     @property
     def grouped_weight(self) -> GroupedWeight:
-        """The weights as the kernels take them."""
+        """The weights of all layers as the kernels take them."""
         if self.values is not None and self.scale is not None:
             return PackedWeight(self.values[...], self.scale[...])
         assert self.weight is not None
@@ -109,7 +123,7 @@ class ExpertLinear(_Adapted):
 
     @property
     def adapter(self) -> GroupedAdapter | None:
-        """The adapters' factors, if there are any."""
+        """The factors of the adapters of one layer, if there are any."""
         if self.lora_A is None or self.lora_B is None:
             return None
         return GroupedAdapter(self.lora_A[...], self.lora_B[...], self.scale_of_adapter)

@@ -4,78 +4,32 @@
 frozen base and the adapters, which stay apart everywhere else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.config import Recompute
 from kimi_jax.errors import UserError
 from kimi_jax.kernels import api as kernels
 from kimi_jax.lora import AdapterPlan
-from kimi_jax.model.attention import LatentAttention, LatentCache
+from kimi_jax.model.attention import LatentCache
 from kimi_jax.model.config import ModelConfig
+from kimi_jax.model.layer import Layer, ModelSettings, scan_stack
 from kimi_jax.model.layers import Base, Linear, Norm, declare
-from kimi_jax.model.moe import ROUTING, MixtureOfExperts, SwiGlu
-from kimi_jax.model.params import Weight, weight_table
+from kimi_jax.model.layout import adapter_specs, base_arrays
+from kimi_jax.model.moe import MixtureOfExperts
+from kimi_jax.model.params import weight_table
+from kimi_jax.parallel.ranks import REPLICATED
+from kimi_jax.parallel.vocabulary import look_up
 
 Values = Mapping[str, Any]  # arrays, or their shapes, by path
-
-
-class ModelSettings(NamedTuple):
-    """What the program, not the checkpoint, decides about the arithmetic."""
-
-    dtype: Any = jnp.bfloat16
-    latent_norm_eps: float = 1e-6
-    recompute: Recompute = "layer"
-
-
-class Layer(nnx.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
-
-    def __init__(
-        self,
-        rows: dict[str, Weight],
-        plan: AdapterPlan,
-        config: ModelConfig,
-        settings: ModelSettings,
-    ) -> None:
-        self.input_layernorm = Norm(rows["input_layernorm"], config.rms_norm_eps)
-        self.self_attn = LatentAttention(rows, plan, config, settings.latent_norm_eps)
-        self.post_attention_layernorm = Norm(rows["post_attention_layernorm"], config.rms_norm_eps)
-        if "mlp.gate.weight" in rows:
-            self.mlp = MixtureOfExperts(rows, plan, config)
-        else:
-            self.mlp = SwiGlu(rows, "mlp", plan)
-
-    def __call__(
-        self, x_BTD: Array, positions_BT: Array, segment_ids_BT: Array
-    ) -> tuple[Array, Array]:
-        """The residual stream after the layer, and the experts' loads ([0] for a dense layer)."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), positions_BT, segment_ids_BT)
-        return self._feed_forward(x_BTD, segment_ids_BT > 0)
-
-    def decode(
-        self, x_BTD: Array, positions_BT: Array, cache: LatentCache
-    ) -> tuple[Array, LatentCache]:
-        """The same for new tokens against a cache of this layer, which comes back with them in it."""
-        attended, cache = self.self_attn.decode(self.input_layernorm(x_BTD), positions_BT, cache)
-        all_count = jnp.ones(positions_BT.shape, bool)
-        return self._feed_forward(x_BTD + attended, all_count)[0], cache
-
-    def _feed_forward(self, x_BTD: Array, counted_BT: Array) -> tuple[Array, Array]:
-        normed = self.post_attention_layernorm(x_BTD)
-        if isinstance(self.mlp, MixtureOfExperts):
-            y_BTD, load_E = self.mlp(normed, counted_BT)
-        else:
-            y_BTD, load_E = self.mlp(normed), jnp.zeros((0,), jnp.int32)
-        return x_BTD + y_BTD, load_E
 
 
 class Transformer(nnx.Module):
@@ -96,7 +50,7 @@ class Transformer(nnx.Module):
             for stacked in stacks.values()
         )
         self.norm = Norm(rows["norm"], config.rms_norm_eps)
-        self.lm_head = Linear(rows["lm_head"], plan)
+        self.lm_head = Linear(rows["lm_head"], plan, settings.ranks)
 
     def __call__(
         self,
@@ -114,16 +68,30 @@ class Transformer(nnx.Module):
         check_tokens(tokens, self.config)  # before int64 becomes int32, which would wrap
         tokens = jnp.asarray(tokens)
         graph, state = nnx.split(self)
-        return _logits(graph, state, tokens, *_default_places(tokens, positions, segment_ids))
+        specs = jax.tree.map(_spec_of, state) if self.settings.ranks.mesh else None
+        places = (tokens, *_default_places(tokens, positions, segment_ids))
+        if specs is not None:
+            places = (self.settings.ranks.put(place, REPLICATED) for place in places)
+        return _logits(graph, _Static(specs), state, *places)
 
     def hidden(
-        self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array
+        self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array, whole: bool = False
     ) -> tuple[Float[Array, "B T D"], Int[Array, "L E"]]:
-        """Final normed hidden states, and each layer's assignments by expert (segment 0 is padding)."""
-        x_BTD = self._embed(tokens_BT)
+        """Final normed hidden states, and each layer's assignments by expert (segment 0 is padding).
 
-        def apply(layer: Layer, x: Array, _: None) -> tuple[Array, Array]:
-            return layer(x, positions_BT, segment_ids_BT)
+        On several ranks it is called inside `Ranks.run`: each has rows of its own, or with `whole` all
+        have the same. Assignments are those of the rows at hand.
+        """
+        x_BTD = self._embed(tokens_BT, whole)
+
+        def apply(layer: Layer, x: Array, _: None, number: Array) -> tuple[Array, Array]:
+            parts = 1 if whole else self.settings.half_batches
+            if parts == 1 or not isinstance(layer.mlp, MixtureOfExperts):
+                return layer(x, positions_BT, segment_ids_BT, number, whole)
+            cut = [jnp.split(v, parts) for v in (x, positions_BT, segment_ids_BT)]
+            done = [layer(x, pos, seg, number) for x, pos, seg in zip(*cut, strict=True)]
+            outputs, loads = zip(*done, strict=True)
+            return jnp.concatenate(outputs), jnp.stack(loads).sum(axis=0)
 
         loads = jnp.zeros((0, self.config.n_routed_experts), jnp.int32)
         for stack in (self.dense_layers, self.moe_layers):
@@ -135,10 +103,12 @@ class Transformer(nnx.Module):
         self, tokens_BT: Array, positions_BT: Array, caches: tuple[LatentCache | None, ...]
     ) -> tuple[Float[Array, "B T D"], tuple[LatentCache | None, ...]]:
         """Final normed hidden states of new tokens, and the caches with them in it."""
-        x_BTD = self._embed(tokens_BT)
+        x_BTD = self._embed(tokens_BT, whole=True)
 
-        def apply(layer: Layer, x: Array, cache: LatentCache) -> tuple[Array, LatentCache]:
-            return layer.decode(x, positions_BT, cache)
+        def apply(
+            layer: Layer, x: Array, cache: LatentCache, number: Array
+        ) -> tuple[Array, LatentCache]:
+            return layer.decode(x, positions_BT, cache, number)
 
         updated: list[LatentCache | None] = []
         for stack, cache in zip((self.dense_layers, self.moe_layers), caches, strict=True):
@@ -166,39 +136,23 @@ class Transformer(nnx.Module):
         return cache(config.first_k_dense_replace), cache(config.num_moe_layers)
 
     def head_logits(self, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
-        """Logits of chosen hidden states, fp32."""
-        return kernels.head_logits(hidden, self.lm_head.weight[...], self.lm_head.adapter)
+        """Logits of chosen hidden states, fp32; all ranks have the same states."""
+        logits = kernels.head_logits(hidden, self.lm_head.weight[...], self.lm_head.adapter)
+        return self.settings.ranks.gather_last(logits)
 
-    def _embed(self, tokens_BT: Array) -> Array:
-        return self.embed_tokens[...][tokens_BT].astype(self.settings.dtype)
-
-
-def scan_stack(
-    stack: Layer,
-    apply: Callable[[Layer, Array, Any], tuple[Array, Any]],
-    x: Array,
-    inputs: Any,
-    recompute: Recompute,
-) -> tuple[Array, Any]:
-    """Applies a stack's layers in order: `apply(layer, x, inputs of the layer) -> x, output`.
-
-    With recompute "layer" the backward pass keeps each layer's input and the router's choice, and
-    computes the rest again.
-    """
-    graph, weights = nnx.split(stack)
-
-    def body(carry: Array, slices: tuple[Any, Any]) -> tuple[Array, Any]:
-        layer_weights, layer_inputs = slices
-        return apply(nnx.merge(graph, layer_weights), carry, layer_inputs)
-
-    if recompute == "layer":
-        keep = jax.checkpoint_policies.save_only_these_names(ROUTING)
-        body = jax.checkpoint(body, policy=keep, prevent_cse=False)
-    return jax.lax.scan(body, x, (weights, inputs))
+    def _embed(self, tokens_BT: Array, whole: bool) -> Array:
+        ranks = self.settings.ranks.whole_rows if whole else self.settings.ranks
+        table = self.embed_tokens[...]
+        rows = look_up(ranks, table, tokens_BT.reshape(-1), self.settings.dtype)
+        return rows.reshape(*tokens_BT.shape, -1)
 
 
 class ModelDef:
-    """A model's structure: what its two trees of values hold, by path, and how to bind them."""
+    """A model's structure: what its two trees of values hold, by path, and how to bind them.
+
+    `base_shapes` and `adapter_shapes` are those of whole arrays, `base_specs` and `adapter_specs` how
+    they lie on the mesh of `settings.ranks`. Inside `Ranks.run` the values bound are a rank's parts.
+    """
 
     def __init__(
         self,
@@ -215,6 +169,9 @@ class ModelDef:
         self._adapter_paths, self._adapter_tree = _paths(adapters)
         self.base_shapes = dict(zip(self._base_paths, jax.tree.leaves(base), strict=True))
         self.adapter_shapes = dict(zip(self._adapter_paths, jax.tree.leaves(adapters), strict=True))
+        places = base_arrays(weight_table(config), self.settings.ranks)
+        self.base_specs = {path: places[path].spec for path in self._base_paths}
+        self.adapter_specs = adapter_specs(self.plan)
 
     def bind(self, base: Values, adapters: Values) -> Transformer:
         """The model with these values; inside a transformation, values may be tracers."""
@@ -257,7 +214,34 @@ def _default_places(tokens: Array, positions: Any, segment_ids: Any) -> tuple[Ar
     return jnp.asarray(positions), jnp.asarray(segment_ids)
 
 
-@partial(jax.jit, static_argnums=0)
-def _logits(graph: Any, state: Any, tokens: Array, positions: Array, segment_ids: Array) -> Array:
-    model: Transformer = nnx.merge(graph, state)
-    return model.head_logits(model.hidden(tokens, positions, segment_ids)[0])
+class _Static:
+    """A tree of specs as a static argument: compared leaf by leaf."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+        self._key = (tuple(jax.tree.leaves(tree)), jax.tree.structure(tree))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self._key == other._key
+
+
+def _spec_of(array: Any) -> PartitionSpec:
+    sharding = getattr(array, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _logits(
+    graph: Any, specs: _Static, state: Any, tokens: Array, positions: Array, segment_ids: Array
+) -> Array:
+    def logits(state: Any, tokens: Array, positions: Array, segment_ids: Array) -> Array:
+        model: Transformer = nnx.merge(graph, state)
+        return model.head_logits(model.hidden(tokens, positions, segment_ids, whole=True)[0])
+
+    ranks = nnx.merge(graph, state).settings.ranks
+    everywhere = (REPLICATED,) * 3
+    run = ranks.run(logits, (specs.tree, *everywhere), REPLICATED)
+    return run(state, tokens, positions, segment_ids)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from kimi_jax.config import MeshSection
 from kimi_jax.errors import UserError, listing
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.transformer import check_tokens
@@ -89,3 +90,14 @@ def _array(key: str, value: Any, problems: list[str]) -> np.ndarray:
 
 def _narrow(key: str, array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32 if key == "loss_weights" else np.int32)
+
+
+def check_rows(rows: int, mesh: MeshSection) -> None:
+    """Refuses a batch that cannot be spread evenly over the devices."""
+    parts = mesh.expert * mesh.data * mesh.half_batches
+    if rows % parts:
+        raise UserError(
+            f"the batch has {rows} rows; required: a multiple of mesh.expert × mesh.data × "
+            f"mesh.half_batches = {mesh.expert} × {mesh.data} × {mesh.half_batches} = {parts}; rows of "
+            "padding (segment_ids and loss_weights 0) may fill it up"
+        )

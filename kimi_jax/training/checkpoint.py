@@ -1,7 +1,8 @@
 """Checkpoints of a run: adapters, optimizer state and data position, saved asynchronously by Orbax.
 
 A checkpoint is written beside its final name and renamed when it is whole, so a run that is killed
-while saving goes on from the one before. The base is never saved.
+while saving goes on from the one before. The base is never saved. Every process adds what its devices
+hold, so all of them save and restore together; a checkpoint belongs to no mesh.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from kimi_jax.errors import MissingFileError, UserError
 from kimi_jax.training.run_dir import CHECKPOINTS
@@ -75,7 +77,11 @@ class Checkpoints:
         assert saved, f"step {step} was not saved"
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint: a state of the same structure as `like`, and the data position."""
+        """The newest checkpoint: a state like `like`, and the data position.
+
+        Args:
+            like: structure, shapes and places, whatever devices the checkpoint was saved from.
+        """
         optimizer = {"opt_state": like.opt_state, "step": like.step}
         restored = self._restore(
             adapters=_restore_like(like.adapters),
@@ -84,9 +90,24 @@ class Checkpoints:
         )
         return TrainState(restored.adapters, **restored.optimizer), restored.data
 
-    def restore_adapters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-        """The adapters alone of the newest checkpoint, fp32, by path."""
-        like = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    def restore_adapters(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        shardings: Mapping[str, Sharding] | None = None,
+    ) -> dict[str, jax.Array]:
+        """The adapters alone of the newest checkpoint, fp32, by path.
+
+        Args:
+            shapes: of each factor.
+            shardings: where each goes, whatever devices it was saved from; None: the first device.
+        """
+        first = SingleDeviceSharding(jax.local_devices()[0])
+        like = {
+            path: jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=first if shardings is None else shardings[path]
+            )
+            for path, shape in shapes.items()
+        }
         return self._restore(adapters=_restore_like(like)).adapters
 
     def _restore(self, **items: Any) -> Any:

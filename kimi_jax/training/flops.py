@@ -12,20 +12,10 @@ import jax
 
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.params import Weight
+from kimi_jax.planning.flops import active_parameters
 
 # Dense bf16 FLOP/s by device kind, from NVIDIA's datasheets. Unlisted devices show no MFU.
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
-
-
-def active_parameters(table: Sequence[Weight], config: ModelConfig) -> int:
-    """Parameters that one token is multiplied by; the embedding is looked up, not multiplied."""
-    total = 0
-    for weight in table:
-        if weight.role == "routed":
-            total += weight.parameters * config.num_experts_per_tok // config.n_routed_experts
-        elif weight.is_linear or weight.name == "mlp.gate.weight":
-            total += weight.parameters
-    return total
 
 
 def flops_per_token(table: Sequence[Weight], config: ModelConfig) -> int:
@@ -41,7 +31,7 @@ def model_flops_utilisation(tokens_per_second: float, flops: int, devices: int) 
 
 def peak_memory() -> tuple[int, str]:
     """Largest number of bytes in use so far, and whose: `device`, or `host` where devices do not say."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], "device"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "host"

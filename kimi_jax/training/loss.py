@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import api as kernels
 from kimi_jax.model.transformer import Transformer
+from kimi_jax.parallel.vocabulary import cross_entropy
 
 BATCH_FIELDS = ("tokens", "loss_weights", "positions", "segment_ids")
 
@@ -37,18 +37,29 @@ def next_token_weights(
 
 
 def loss_terms(model: Transformer, batch: Mapping[str, Array], chunk: int) -> LossTerms:
-    """The loss of one micro-batch; `batch` holds `BATCH_FIELDS`, each [B, T].
+    """The loss of one micro-batch, or of this rank's rows of it; `batch` holds `BATCH_FIELDS`, each [B, T].
 
-    At most `chunk` tokens' logits exist at a time.
+    At most `chunk` of a rank's tokens' logits exist at a time.
     """
     hidden_BTD, loads = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
     weights = next_token_weights(batch["loss_weights"], batch["segment_ids"])
-    loss_sum = kernels.linear_cross_entropy(
+    loss_sum = cross_entropy(
+        model.settings.ranks,
         hidden_BTD[:, :-1].reshape(-1, hidden_BTD.shape[-1]),
         model.lm_head.weight[...],
         batch["tokens"][:, 1:].reshape(-1),
         weights.reshape(-1),
         model.lm_head.adapter,
-        chunk=chunk,
+        chunk,
     )
     return LossTerms(loss_sum, weights.sum(), loads)
+
+
+def mean_loss(loss_sum: Array | float, weight_sum: Array | float) -> dict[str, float]:
+    """Both terms as numbers, and their quotient `loss`, NaN if nothing has a weight."""
+    total, weight = float(loss_sum), float(weight_sum)
+    return {
+        "loss_sum": total,
+        "weight_sum": weight,
+        "loss": total / weight if weight else float("nan"),
+    }

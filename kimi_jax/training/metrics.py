@@ -2,36 +2,47 @@
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from tensorboardX import SummaryWriter
 
 from kimi_jax.errors import UserError
+from kimi_jax.parallel import processes
 from kimi_jax.training.run_dir import METRICS
 
 PLOT = "loss.png"
 
 
 class Metrics:
-    """Writes one JSON object a line; `kind` is `step`, `eval` or `sample`, `step` counts updates made."""
+    """Writes one JSON object a line; `kind` is `step`, `eval` or `sample`, `step` counts updates made.
+
+    Every process has one and knows what is recorded; only the first writes.
+    """
 
     def __init__(self, run_dir: Path, step: int) -> None:
         """Goes on after `step`: later lines, of updates that were lost, are taken out of the record."""
-        self._path = run_dir / METRICS
+        self._file: TextIO | None = None
+        self._board: SummaryWriter | None = None
+        recorded = processes.on_first(lambda: self._open(run_dir, step))
+        self._recorded = {(kind, step) for kind, step in recorded}
+
+    def _open(self, run_dir: Path, step: int) -> list[tuple[str, int]]:
+        path = run_dir / METRICS
         kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
-        temporary = self._path.with_name(METRICS + ".tmp")
+        temporary = path.with_name(METRICS + ".tmp")
         temporary.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
-        temporary.replace(self._path)
-        self._recorded = {(line["kind"], line["step"]) for line in kept}
-        self._file = self._path.open("a", encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        return [(line["kind"], line["step"]) for line in kept]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
 
     def has(self, kind: str, step: int) -> bool:
         """Whether the record holds such a line, from before the run was resumed."""
@@ -39,6 +50,8 @@ class Metrics:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends a line and hands it to the system, so that a killed run keeps it."""
+        if self._file is None or self._board is None:
+            return  # not the first process
         self._file.write(_line({"kind": kind, "step": step, **values}))
         self._file.flush()
         for name, value in values.items():

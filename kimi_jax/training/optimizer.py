@@ -30,13 +30,19 @@ def learning_rates(settings: TrainSection) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(settings: TrainSection) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: TrainSection, rates: optax.Schedule | None = None
+) -> optax.GradientTransformation:
     """Clipping (if asked for), then AdamW with decoupled weight decay (arXiv:1711.05101).
 
     Moments have the adapters' dtype, fp32.
+
+    Args:
+        settings: numbers and schedule.
+        rates: a schedule in place of theirs; the state has the same form.
     """
     adamw = optax.adamw(
-        learning_rates(settings),
+        rates or learning_rates(settings),
         b1=settings.beta1,
         b2=settings.beta2,
         eps=settings.epsilon,

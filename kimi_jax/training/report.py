@@ -8,6 +8,7 @@ from rich.table import Table
 
 from kimi_jax.lora import Adapter, AdapterPlan
 from kimi_jax.model.params import Weight
+from kimi_jax.parallel import processes
 from kimi_jax.training.flops import flops_per_token, model_flops_utilisation, peak_memory
 from kimi_jax.training.session import Session
 from kimi_jax.training.step import StepMetrics
@@ -74,7 +75,7 @@ def record_step(
     """Writes and prints the line of the step just made. Only real tokens, not padding, are counted."""
     trainer = session.trainer
     tokens = int((batch["segment_ids"] > 0).sum())
-    load = np.asarray(metrics.expert_load, np.float64)
+    load = processes.to_host(metrics.expert_load).astype(np.float64)
     memory, whose = peak_memory()
     devices = session.config.mesh.expert * session.config.mesh.data
     flops = flops_per_token(trainer.checkpoint.table, trainer.checkpoint.config)

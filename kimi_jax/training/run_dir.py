@@ -25,10 +25,11 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 _PACKAGES = ("kimi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
-# What may differ when a run goes on: none of it changes a number of the training itself.
+# What may differ when a run goes on: none of it changes a number of the training beyond rounding.
 _MAY_DIFFER = (
     "run.dir",
     "evaluate.",
+    "mesh.",
     "train.checkpoint_every",
     "train.keep_checkpoints",
 )

@@ -1,6 +1,6 @@
 """What the parts of the training loop share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -25,4 +25,4 @@ class Session:
     checkpoints: Checkpoints
     metrics: Metrics
     console: Console
-    stop: dict[str, str] = field(default_factory=dict)  # "signal": name, once one has come
+    stop: str | None = None  # name of the signal for which all processes stop, once one has come

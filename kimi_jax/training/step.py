@@ -1,7 +1,8 @@
 """The train step: pure functions of adapters, optimizer state, base and batch.
 
-The base is an argument that is not differentiated. Micro-batches are accumulated inside the step;
-their sums meet their common denominator once, before the update.
+The base is an argument that is not differentiated. Micro-batches are accumulated inside the step, by
+each rank for its own rows; the ranks' sums are added once, and meet their common denominator once,
+before the update.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from jaxtyping import Array
 
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.transformer import ModelDef
+from kimi_jax.parallel.ranks import MICRO_BATCHES, ONE_DEVICE, REPLICATED, Ranks
 from kimi_jax.training.loss import LossTerms, loss_terms
 
 Tree = dict[str, Array]
@@ -45,27 +47,65 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(
-    adapters: Mapping[str, Array], optimizer: optax.GradientTransformation
+    adapters: Mapping[str, Array],
+    optimizer: optax.GradientTransformation,
+    ranks: Ranks = ONE_DEVICE,
 ) -> TrainState:
-    """The state before the first update."""
+    """The state before the first update; moments live where their adapters do."""
     copied = {path: jnp.array(value) for path, value in adapters.items()}
-    return TrainState(copied, optimizer.init(copied), jnp.zeros((), jnp.int32))
+    state = TrainState(copied, optimizer.init(copied), jnp.zeros((), jnp.int32))
+    # Counters belong to no array that would say where they live.
+    return jax.tree.map(lambda leaf: leaf if leaf.ndim else ranks.put(leaf, REPLICATED), state)
 
 
 def make_gradients(
     model_def: ModelDef, chunk: int
 ) -> Callable[[Tree, Mapping[str, Array], Mapping[str, Array]], Gradients]:
-    """`(adapters, base, batch [B, T]) -> Gradients` of one micro-batch. Not jitted."""
+    """`(adapters, base, batch [micro-batches, B, T]) -> Gradients` of all of them. Not jitted."""
+    ranks = model_def.settings.ranks
 
     def loss(adapters: Tree, base: Any, batch: Any) -> tuple[Array, LossTerms]:
         terms = loss_terms(model_def.bind(base, adapters), batch, chunk)
         return terms.loss_sum, terms
 
     def gradients(adapters: Tree, base: Any, batch: Any) -> Gradients:
-        (_, terms), sums = jax.value_and_grad(loss, has_aux=True)(adapters, base, batch)
-        return Gradients(sums, terms)
+        def add(total: Gradients, micro_batch: Any) -> tuple[Gradients, None]:
+            (_, terms), sums = jax.value_and_grad(loss, has_aux=True)(adapters, base, micro_batch)
+            return jax.tree.map(jnp.add, total, Gradients(sums, terms)), None
 
-    return gradients
+        mine, _ = jax.lax.scan(add, no_gradients(model_def.config, adapters), batch)
+        sums = {
+            path: ranks.sum_where_replicated(value, model_def.adapter_specs[path])
+            for path, value in mine.sums.items()
+        }
+        terms = (ranks.sum_where_replicated(term, REPLICATED) for term in mine.terms)
+        return Gradients(sums, LossTerms(*terms))
+
+    return ranks.run(
+        gradients,
+        (model_def.adapter_specs, model_def.base_specs, MICRO_BATCHES),
+        Gradients._make((model_def.adapter_specs, REPLICATED)),
+    )
+
+
+def make_loss(
+    model_def: ModelDef, chunk: int
+) -> Callable[[Tree, Mapping[str, Array], Mapping[str, Array]], LossTerms]:
+    """`(adapters, base, batch [micro-batches, B, T]) -> LossTerms` of all of them. Not jitted."""
+    ranks = model_def.settings.ranks
+
+    def losses(adapters: Tree, base: Any, batch: Any) -> LossTerms:
+        model = model_def.bind(base, adapters)
+        terms = jax.lax.map(lambda micro_batch: loss_terms(model, micro_batch, chunk), batch)
+        return LossTerms(
+            *(ranks.sum_where_replicated(term.sum(axis=0), REPLICATED) for term in terms)
+        )
+
+    return ranks.run(
+        losses,
+        (model_def.adapter_specs, model_def.base_specs, MICRO_BATCHES),
+        REPLICATED,
+    )
 
 
 def no_gradients(config: ModelConfig, adapters: Mapping[str, Array]) -> Gradients:
@@ -108,11 +148,6 @@ def make_train_step(
     gradients, update = make_gradients(model_def, chunk), make_update(optimizer)
 
     def step(state: TrainState, base: Any, batch: Any) -> tuple[TrainState, StepMetrics]:
-        def add(total: Gradients, micro_batch: Any) -> tuple[Gradients, None]:
-            one = gradients(state.adapters, base, micro_batch)
-            return jax.tree.map(jnp.add, total, one), None
-
-        total, _ = jax.lax.scan(add, no_gradients(model_def.config, state.adapters), batch)
-        return update(state, total)
+        return update(state, gradients(state.adapters, base, batch))
 
     return jax.jit(step, donate_argnums=0)

@@ -5,11 +5,11 @@ caller's: a loop of one's own, or `kimi_jax.training.loop`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -20,22 +20,21 @@ from kimi_jax.data.chat import Chat, Reply
 from kimi_jax.errors import UserError
 from kimi_jax.lora import init_adapters, plan_adapters
 from kimi_jax.model.decode import Sampling
-from kimi_jax.model.transformer import ModelDef, ModelSettings, Transformer
+from kimi_jax.model.layer import ModelSettings
+from kimi_jax.model.transformer import ModelDef, Transformer
+from kimi_jax.parallel import processes
 from kimi_jax.training import run_dir
 from kimi_jax.training.answers import Prompt, answer
-from kimi_jax.training.batch import check_batch, check_length
+from kimi_jax.training.batch import check_batch, check_length, check_rows
 from kimi_jax.training.checkpoint import Checkpoints
+from kimi_jax.training.data import RunData, read_data
 from kimi_jax.training.lock import hold
-from kimi_jax.training.loss import loss_terms
-from kimi_jax.training.optimizer import learning_rates, make_optimizer
-from kimi_jax.training.step import (
-    Gradients,
-    StepMetrics,
-    init_state,
-    make_gradients,
-    make_train_step,
-    make_update,
-)
+from kimi_jax.training.loss import mean_loss
+from kimi_jax.training.optimizer import learning_rates
+from kimi_jax.training.own_rate import check_rate
+from kimi_jax.training.placing import place
+from kimi_jax.training.programs import Programs
+from kimi_jax.training.step import Gradients, StepMetrics, init_state
 from kimi_jax.weights.checkpoint import open_checkpoint, resolve_checkpoint
 from kimi_jax.weights.export import ExportFormat, export_adapter
 from kimi_jax.weights.export_peft import peft_parameters
@@ -62,24 +61,36 @@ class Trainer:
         self.checkpoint = open_checkpoint(resolve_checkpoint(model.checkpoint))
         self.plan = plan_adapters(self.config.lora, self.checkpoint.table)
         check_length(self.config.train.sequence_length, self.checkpoint.config)
-        self.model_def = ModelDef(
-            self.checkpoint.config,
-            self.plan,
-            ModelSettings(DTYPES[model.dtype], model.latent_norm_eps, self.config.train.recompute),
+        self.ranks = place(self.config, self.checkpoint)
+        settings = ModelSettings(
+            DTYPES[model.dtype],
+            model.latent_norm_eps,
+            self.config.train.recompute,
+            self.ranks,
+            self.config.mesh.half_batches,
         )
-        self._optimizer = make_optimizer(self.config.train)
-        self.state = init_state(init_adapters(self.plan, self.config.run.seed), self._optimizer)
+        self.model_def = ModelDef(self.checkpoint.config, self.plan, settings)
+        self._programs = Programs(self.model_def, self.config.train)
+        self.reset()
+
+    def reset(self) -> None:
+        """Fresh adapters and a fresh optimizer, as at the beginning; what was compiled stays."""
+        specs = self.model_def.adapter_specs
+        adapters = init_adapters(
+            self.plan, self.config.run.seed, lambda path, v: self.ranks.put(v, specs[path])
+        )
+        self.state = init_state(adapters, self._programs.optimizer, self.ranks)
         self._accumulated: Gradients | None = None
         self._saved_step: int | None = None
 
     @cached_property
     def base(self) -> dict[str, Any]:
         """Weights of the base by path, imported when they are first used (see `import_base`)."""
-        return load_base(self.checkpoint)
+        return load_base(self.checkpoint, ranks=self.ranks)
 
     def import_base(self, progress: Callable[[int, int], None]) -> None:
         """Imports the base; `progress` is called with bytes imported so far and bytes in all."""
-        self.base = load_base(self.checkpoint, progress)
+        self.base = load_base(self.checkpoint, progress, self.ranks)
 
     @property
     def step(self) -> int:
@@ -96,6 +107,11 @@ class Trainer:
         """Tokenizer and template of the checkpoint."""
         return Chat.from_checkpoint(self.checkpoint.directory)
 
+    @cached_property
+    def data(self) -> RunData:
+        """The rows of `data.train` and `data.eval`, and batches of them; what was found is printed."""
+        return read_data(self.config, self.chat)
+
     def forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """Adds the gradients of one micro-batch to those since the last `optim_step`.
 
@@ -107,13 +123,12 @@ class Trainer:
         Returns:
             `loss_sum`, `weight_sum` and their quotient `loss`, in nats a unit of weight.
         """
-        arrays = self.check_batch(batch)
-        gradients = self._gradients(self.state.adapters, self.base, arrays)
+        gradients = self._programs.gradients(self.state.adapters, self.base, self._put(batch))
         if self._accumulated is None:
             self._accumulated = gradients
         else:
-            self._accumulated = self._add(self._accumulated, gradients)
-        return _loss(gradients.terms.loss_sum, gradients.terms.weight_sum)
+            self._accumulated = self._programs.add(self._accumulated, gradients)
+        return mean_loss(gradients.terms.loss_sum, gradients.terms.weight_sum)
 
     def gradients(self) -> dict[str, np.ndarray]:
         """Gradients of the mean loss over everything since the last `optim_step`, by PEFT's names.
@@ -122,11 +137,15 @@ class Trainer:
         gradient, under the name without the expert's number.
         """
         gradients = self._since_last_step()
-        means = {path: g / gradients.terms.weight_sum for path, g in gradients.sums.items()}
+        weight = float(gradients.terms.weight_sum)
+        means = {path: processes.to_host(g) / weight for path, g in gradients.sums.items()}
         return peft_parameters(self.plan, self.checkpoint.config, means, repeat_shared=False)
 
-    def optim_step(self) -> dict[str, float | int]:
+    def optim_step(self, learning_rate: float | None = None) -> dict[str, float | int]:
         """One update from the gradients since the last: divided by their weight, clipped, AdamW.
+
+        Args:
+            learning_rate: of this update, for a schedule of one's own; the configuration's if not given.
 
         Returns:
             `step` (updates made), `loss`, `grad_norm` (before clipping), `learning_rate`.
@@ -135,8 +154,12 @@ class Trainer:
             UserError: nothing was accumulated, or the loss or gradient is not finite (nothing changes).
         """
         gradients = self._since_last_step()
-        rate = self.learning_rate()
-        self.state, metrics = self._update(self.state, gradients)
+        if learning_rate is None:
+            rate = self.learning_rate()
+            self.state, metrics = self._programs.update(self.state, gradients)
+        else:
+            rate = check_rate(learning_rate)
+            self.state, metrics = self._programs.update_at(self.state, gradients, np.float32(rate))
         self._accumulated = None
         if not bool(metrics.finite):
             raise UserError(
@@ -152,17 +175,18 @@ class Trainer:
 
     def train_step(self, batch: Mapping[str, np.ndarray]) -> StepMetrics:
         """A whole step in one program: batch arrays are [micro-batches, B, T]. See `forward_backward`."""
-        self.state, metrics = self._train_step(self.state, self.base, dict(batch))
+        placed = self.ranks.put_batch(batch)
+        self.state, metrics = self._programs.train_step(self.state, self.base, placed)
         return metrics
 
     def evaluate(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Loss over batches without changing anything; the same keys as `forward_backward`."""
         loss_sum = weight_sum = 0.0
         for batch in batches:
-            terms = self._loss(self.state.adapters, self.base, self.check_batch(batch))
+            terms = self._programs.loss(self.state.adapters, self.base, self._put(batch))
             loss_sum += float(terms.loss_sum)
             weight_sum += float(terms.weight_sum)
-        return _loss(loss_sum, weight_sum)
+        return mean_loss(loss_sum, weight_sum)
 
     def sample(
         self,
@@ -206,8 +230,12 @@ class Trainer:
                 checkpoint of this step or a later one (of other adapters), or is in use.
         """
         directory = Path(self.config.run.dir)
-        run_dir.prepare(directory, self.config, self.base_fingerprint)
-        with hold(directory), Checkpoints(directory, self.config.train.keep_checkpoints) as kept:
+        fingerprint = self.base_fingerprint
+        processes.on_first(lambda: run_dir.prepare(directory, self.config, fingerprint))
+        with ExitStack() as stack:
+            processes.on_first(lambda: stack.enter_context(hold(directory)))
+            keep = self.config.train.keep_checkpoints
+            kept = stack.enter_context(Checkpoints(directory, keep))
             if not self._saved_step == self.step == kept.latest:
                 kept.save(self.state, {})
         self._saved_step = self.step
@@ -231,8 +259,13 @@ class Trainer:
 
     def export(self, out_dir: str | Path, format: ExportFormat = "peft") -> Path:
         """Writes the adapters, or the base merged with them; see `python -m kimi_jax.export`."""
-        return export_adapter(
-            Path(out_dir), self.checkpoint, self.plan, self.state.adapters, format
+        adapters = processes.to_host(self.state.adapters)
+        return Path(
+            processes.on_first(
+                lambda: str(
+                    export_adapter(Path(out_dir), self.checkpoint, self.plan, adapters, format)
+                )
+            )
         )
 
     @cached_property
@@ -248,30 +281,11 @@ class Trainer:
         """The batch's arrays with places filled in; see `kimi_jax.training.batch.check_batch`."""
         return check_batch(batch, self.checkpoint.config)
 
-    @cached_property
-    def _gradients(self) -> Any:
-        return jax.jit(make_gradients(self.model_def, self.config.train.loss_chunk))
-
-    @cached_property
-    def _update(self) -> Any:
-        return jax.jit(make_update(self._optimizer), donate_argnums=0)
-
-    @cached_property
-    def _train_step(self) -> Any:
-        return make_train_step(self.model_def, self._optimizer, self.config.train.loss_chunk)
-
-    @cached_property
-    def _loss(self) -> Any:
-        chunk = self.config.train.loss_chunk
-
-        def loss(adapters: Any, base: Any, batch: Any) -> Any:
-            return loss_terms(self.model_def.bind(base, adapters), batch, chunk)
-
-        return jax.jit(loss)
-
-    @cached_property
-    def _add(self) -> Any:
-        return jax.jit(lambda total, one: jax.tree.map(jnp.add, total, one), donate_argnums=0)
+    def _put(self, batch: Mapping[str, Any]) -> dict[str, Array]:
+        """A caller's micro-batch on the devices, [1, B, T]."""
+        arrays = self.check_batch(batch)
+        check_rows(arrays["tokens"].shape[0], self.config.mesh)
+        return self.ranks.put_batch({key: value[None] for key, value in arrays.items()})
 
     def _since_last_step(self) -> Gradients:
         if self._accumulated is None:
@@ -281,12 +295,3 @@ class Trainer:
                 "every loss weight since the last optim_step is 0: nothing to learn from"
             )
         return self._accumulated
-
-
-def _loss(loss_sum: Array | float, weight_sum: Array | float) -> dict[str, float]:
-    total, weight = float(loss_sum), float(weight_sum)
-    return {
-        "loss_sum": total,
-        "weight_sum": weight,
-        "loss": total / weight if weight else float("nan"),
-    }

@@ -7,7 +7,9 @@ with dtype, shape and offsets of each tensor, then the data.
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -52,6 +54,39 @@ class Entry:
             np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,)) if self.nbytes else b""
         )
         return np.frombuffer(flat, DTYPES[self.dtype]).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Open files of a checkpoint, to be read by several threads."""
+
+    descriptors: Mapping[Path, int]
+
+    def read(self, entry: Entry, begin: int, into: np.ndarray) -> None:
+        """Fills `into`, uint8 [n], with the tensor's bytes from `begin` on.
+
+        Not through a memory map: taking the pages one by one costs more than copying them.
+
+        Raises:
+            UserError: the system cannot read the file, or it has become shorter.
+        """
+        assert begin + into.nbytes <= entry.nbytes
+        left, offset = memoryview(into), entry.offset + begin
+        while left:
+            try:
+                count = os.preadv(self.descriptors[entry.file], [left], offset)
+            except OSError as error:
+                raise UserError(f"{entry.file}: cannot be read: {error.strerror}") from error
+            if count == 0:
+                raise UserError(f"{entry.file}: has become shorter while it was being read")
+            left, offset = left[count:], offset + count
+
+
+@contextmanager
+def open_files(paths: Iterable[Path]) -> Iterator[Files]:
+    """Opens files for reading as long as the block runs."""
+    with ExitStack() as stack:
+        yield Files({path: stack.enter_context(path.open("rb")).fileno() for path in paths})
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:

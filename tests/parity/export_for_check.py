@@ -19,7 +19,8 @@ import numpy as np
 
 from kimi_jax.config import LoraSection
 from kimi_jax.lora import adapter_shapes, plan_adapters
-from kimi_jax.model.transformer import ModelDef, ModelSettings
+from kimi_jax.model.layer import ModelSettings
+from kimi_jax.model.transformer import ModelDef
 from kimi_jax.weights.checkpoint import open_checkpoint
 from kimi_jax.weights.export_hf import write_merged
 from kimi_jax.weights.export_peft import write_peft

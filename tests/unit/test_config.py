@@ -127,7 +127,7 @@ def test_words_that_look_like_numbers_stay_words(load, text):
             "evaluate.loss_every=5",
             "held-out rows are needed for evaluate.loss_every: set data.eval",
         ),
-        ("mesh.expert=8", "mesh: expert = 8 and data = 1 ask for 8 devices"),
+        ("mesh.expert=3", "train.micro_batch is 2; it must be a multiple of"),
     ],
 )
 def test_refused_values(refusal, line, message):

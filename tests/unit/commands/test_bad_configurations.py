@@ -80,8 +80,16 @@ OVERRIDES = {
         ["evaluate.pattern: not a regular expression: missing )", "(unclosed"],
     ),
     "mesh": (
-        ["mesh.expert=2", "mesh.data=4"],
-        ["expert = 2 and data = 4 ask for 8 devices; this version runs on one"],
+        ["mesh.expert=2", "mesh.data=8", "train.micro_batch=16"],
+        ["mesh.data × mesh.expert = 8 × 2 = 16 devices are asked for; found"],
+    ),
+    "rows on a mesh": (
+        ["mesh.expert=3"],
+        ["it must be a multiple of mesh.expert × mesh.data × mesh.half_batches = 3 × 1 × 1 = 3"],
+    ),
+    "experts on a mesh": (
+        ["mesh.expert=3", "train.micro_batch=3"],
+        ["mesh.expert = 3 cannot carry this checkpoint", "4 routed experts cannot be divided"],
     ),
     "sequence too long": (
         ["train.sequence_length=513"],

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kimi_jax.lora import init_adapters
-from kimi_jax.model.transformer import ModelDef, ModelSettings
+from kimi_jax.model.layer import ModelSettings
+from kimi_jax.model.transformer import ModelDef
 from kimi_jax.training.loss import loss_terms
 from tests.unit import golden
 

@@ -76,7 +76,7 @@ def test_nothing_is_looked_at_twice_or_while_stopping(session):
     session.metrics._recorded |= {("eval", 2), ("sample", 3)}
     assert at(session, 2) == []
     assert at(session, 3) == []
-    session.stop["signal"] = "SIGTERM"
+    session.stop = "SIGTERM"
     assert at(session, 6) == []
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kimi_jax.config import TrainSection
-from kimi_jax.model.transformer import ModelDef, ModelSettings
+from kimi_jax.model.layer import ModelSettings
+from kimi_jax.model.transformer import ModelDef
 from kimi_jax.training.optimizer import learning_rates, make_optimizer
 from kimi_jax.training.step import init_state, make_train_step
 from kimi_jax.weights.checkpoint import open_checkpoint

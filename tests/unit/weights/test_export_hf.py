@@ -16,7 +16,8 @@ from kimi_jax.config import LoraSection
 from kimi_jax.errors import UserError
 from kimi_jax.int4 import dequantise_numpy, unpack_numpy
 from kimi_jax.lora import adapter_shapes, init_adapters, plan_adapters
-from kimi_jax.model.transformer import ModelDef, ModelSettings
+from kimi_jax.model.layer import ModelSettings
+from kimi_jax.model.transformer import ModelDef
 from kimi_jax.weights.checkpoint import open_checkpoint
 from kimi_jax.weights.export_hf import write_merged
 from kimi_jax.weights.export_peft import peft_parameters

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from kimi_jax.config import LoraSection
 from kimi_jax.errors import MissingFileError, UserError
 from kimi_jax.lora import adapter_shapes, plan_adapters
-from kimi_jax.model.transformer import ModelDef, ModelSettings
+from kimi_jax.model.layer import ModelSettings
+from kimi_jax.model.transformer import ModelDef
 from kimi_jax.weights.export_peft import peft_parameters, write_peft
 from kimi_jax.weights.import_peft import read_peft
 from kimi_jax.weights.names import expected_tensors

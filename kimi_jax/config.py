@@ -15,6 +15,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 Recompute = Literal["none", "layer"]
+Keep = Literal["stream", "latents", "attention", "feed_forward", "expert_gate", "expert_up"]
 ExpertFactors = Literal["per_expert", "shared"]
 Rest = Literal["sharded", "replicated"]
 ActivationDtype = Literal["float32", "bfloat16"]
@@ -118,7 +119,15 @@ class TrainSection(Section):
         default=1.0, description="global gradient norm; null: no clipping"
     )
     recompute: Recompute = Field(
-        default="layer", description="`layer`: keep only each layer's input for the backward pass"
+        default="layer",
+        description="`layer`: keep each layer's input for the backward pass, and what `keep` names",
+    )
+    keep: list[Keep] = Field(
+        default_factory=list,
+        description="under recompute=layer, what is kept as well: `stream`, the residual stream after "
+        "attention; `latents`, the compressed queries, keys and values; `attention`, its output; "
+        "`feed_forward`, gate and up of dense and shared layers; `expert_gate`, `expert_up`, those of "
+        "routed experts",
     )
     loss_chunk: PositiveInt = Field(
         default=1024, description="tokens whose logits exist at one time"
@@ -127,6 +136,17 @@ class TrainSection(Section):
         default=100, description="steps between saved checkpoints"
     )
     keep_checkpoints: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _keep_means_something(self) -> Self:
+        if self.keep and self.recompute != "layer":
+            raise ValueError(
+                f"keep is {', '.join(self.keep)} and recompute is {self.recompute}, which keeps "
+                "everything; required: recompute=layer, or no keep"
+            )
+        if len(set(self.keep)) < len(self.keep):
+            raise ValueError(f"keep names something twice: {', '.join(self.keep)}")
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

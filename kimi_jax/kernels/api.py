@@ -16,6 +16,7 @@ from kimi_jax.kernels.linear_cross_entropy import reference as cross_entropy_ref
 from kimi_jax.kernels.linear_cross_entropy.fused import VocabularySplit
 from kimi_jax.kernels.mla_attention import reference as attention_reference
 from kimi_jax.kernels.mla_attention.choice import choose as choose_attention
+from kimi_jax.kernels.recall import recalled
 from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, LinearAdapter, PackedWeight
 
 GroupedImplementation = Literal["auto", "reference", "pallas", "scratch"]
@@ -30,6 +31,7 @@ def grouped_matmul(
     adapter: GroupedAdapter | None = None,
     impl: GroupedImplementation = "auto",
     layer: Int[Array, ""] | int | None = None,
+    known: Float[Array, "A out"] | None = None,
 ) -> Float[Array, "A out"]:
     """y[a] = x[a] · W[g(a)]ᵀ, plus the adapter of g(a), for rows sorted by group.
 
@@ -42,11 +44,21 @@ def grouped_matmul(
             decodes all groups to bf16 there first; `auto`, see `grouped_matmul.choice`.
         layer: int32, may be traced: the weight's arrays are then stacks with a leading dimension of
             layers, of which this one is multiplied by; `pallas` reads it in place.
+        known: the product, if an earlier call has made it: returned as it is, and differentiated as
+            the product.
 
     Raises:
         UserError: an unknown implementation, or operands that the named one does not take.
     """
     _check(impl, GroupedImplementation)
+    if known is not None:
+        a, b, scale = adapter or (None, None, 0.0)
+
+        def again(x: Array, a: Array | None, b: Array | None) -> Array:
+            factors = None if a is None or b is None else GroupedAdapter(a, b, scale)
+            return grouped_matmul(x, weight, group_sizes_E, factors, impl, layer)
+
+        return recalled(again, known, x_AI, a, b)
     values = weight.values if isinstance(weight, PackedWeight) else weight
     assert values.ndim == (3 if layer is None else 4), f"weight {values.shape}, layer {layer}"
     if impl == "auto":

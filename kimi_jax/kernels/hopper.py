@@ -3,6 +3,15 @@
 from kimi_jax.kernels.grouped_matmul.choice import HOPPER
 from kimi_jax.kernels.target import device_kind
 
+# This rewrite lets an operation write its result into a stack of layers' results. Where the result has
+# another use as well, it is computed twice, and XLA merges no calls of Pallas kernels.
+_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
+
+
+def compiler_options() -> dict[str, bool] | None:
+    """What XLA is told for programs that call these kernels in a scan over layers."""
+    return dict(_OPTIONS) if on_hopper() else None
+
 
 def on_hopper() -> bool:
     """By the name of the device at hand, or of the one that is compiled for (see `target`)."""

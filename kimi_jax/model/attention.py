@@ -5,11 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import api as kernels
 from kimi_jax.lora import AdapterPlan
 from kimi_jax.model.config import ModelConfig
+from kimi_jax.model.kept import LATENT
 from kimi_jax.model.layers import Linear, Norm
 from kimi_jax.model.params import Weight
 from kimi_jax.model.rope import rotate
@@ -119,14 +121,15 @@ class LatentAttention(nnx.Module):
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTD)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+            q_latent = checkpoint_name(self.q_a_proj(x_BTD), LATENT)
+            q = self.q_b_proj(self.q_a_layernorm(q_latent))
         q = q.reshape(*x_BTD.shape[:2], config.num_attention_heads, config.qk_head_dim)
         q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         return q_nope, rotate(q_rope, positions_BT, config)
 
     def _latents(self, x_BTD: Array, positions_BT: Array) -> tuple[Array, Array]:
         """The normed latent [B, T, C] and the rotated shared key [B, T, R]."""
-        joint = self.kv_a_proj_with_mqa(x_BTD)
+        joint = checkpoint_name(self.kv_a_proj_with_mqa(x_BTD), LATENT)
         latent, rope_key = jnp.split(joint, [self.config.kv_lora_rank], axis=-1)
         rotated = rotate(rope_key[:, :, None], positions_BT, self.config)[:, :, 0]
         return self.kv_a_layernorm(latent), rotated

@@ -1,19 +1,21 @@
 """One layer, a stack of them, and what the program decides about both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
-from kimi_jax.config import Recompute
+from kimi_jax.config import Keep, Recompute
 from kimi_jax.lora import AdapterPlan
 from kimi_jax.model.attention import LatentAttention, LatentCache
 from kimi_jax.model.config import ModelConfig
+from kimi_jax.model.kept import STREAM, names_of
 from kimi_jax.model.layers import Norm, Stacked
-from kimi_jax.model.moe import ROUTING, MixtureOfExperts, SwiGlu
+from kimi_jax.model.moe import MixtureOfExperts, SwiGlu
 from kimi_jax.model.params import Weight
 from kimi_jax.parallel.ranks import ONE_DEVICE, Ranks
 
@@ -28,6 +30,7 @@ class ModelSettings(NamedTuple):
     dtype: Any = jnp.bfloat16
     latent_norm_eps: float = 1e-6
     recompute: Recompute = "layer"
+    keep: tuple[Keep, ...] = ()
     ranks: Ranks = ONE_DEVICE
     half_batches: int = 1
 
@@ -69,6 +72,7 @@ class Layer(nnx.Module):
             whole: whether all ranks have the same rows.
         """
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), positions_BT, segment_ids_BT)
+        x_BTD = checkpoint_name(x_BTD, STREAM)
         return self._feed_forward(x_BTD, segment_ids_BT > 0, number, whole)
 
     def decode(
@@ -99,12 +103,13 @@ def scan_stack(
     x: Array,
     inputs: Any,
     recompute: Recompute,
+    keep: Sequence[Keep] = (),
 ) -> tuple[Array, Any]:
     """Applies a stack's layers in order: `apply(layer, x, inputs of it, its number) -> x, output`.
 
     Experts' weights are not cut into layers: every kernel would be given a copy of its layer's. With
-    recompute "layer" the backward pass keeps each layer's input and the router's choice, and computes
-    the rest again.
+    recompute "layer" the backward pass keeps each layer's input and what `kept` says, and computes the
+    rest again.
     """
     graph, stacked, weights = nnx.split(stack, Stacked, ...)
     numbers = jnp.arange(jax.tree.leaves(weights)[0].shape[0], dtype=jnp.int32)
@@ -114,6 +119,6 @@ def scan_stack(
         return apply(nnx.merge(graph, stacked, layer_weights), carry, layer_inputs, number)
 
     if recompute == "layer":
-        keep = jax.checkpoint_policies.save_only_these_names(ROUTING)
-        body = jax.checkpoint(body, policy=keep, prevent_cse=False)
+        policy = jax.checkpoint_policies.save_only_these_names(*names_of(keep))
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     return jax.lax.scan(body, x, (weights, inputs, numbers))

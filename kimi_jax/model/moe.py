@@ -1,6 +1,6 @@
 """Feed-forward layers: the SwiGLU of dense layers, and the mixture of experts."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 from kimi_jax.kernels import api as kernels
 from kimi_jax.lora import AdapterPlan
 from kimi_jax.model.config import ModelConfig
+from kimi_jax.model.kept import EXPERT_GATE, EXPERT_UP, FEED_FORWARD, ROUTING
 from kimi_jax.model.layers import ExpertLinear, Linear, declare
 from kimi_jax.model.layout import in_parts
 from kimi_jax.model.params import Weight
 from kimi_jax.parallel.experts import routed
 from kimi_jax.parallel.ranks import Ranks
-
-# Saved under every recompute policy: recomputed in another fusion, a near-tie could choose another
-# expert in the backward pass than in the forward pass.
-ROUTING = "chosen_experts"
 
 
 class SwiGlu(nnx.Module):
@@ -34,7 +31,9 @@ class SwiGlu(nnx.Module):
 
     def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
         """Activation dtype in and out."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = checkpoint_name(self.gate_proj(x), FEED_FORWARD)
+        up = checkpoint_name(self.up_proj(x), FEED_FORWARD)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Routing(NamedTuple):
@@ -58,13 +57,7 @@ class Router(nnx.Module):
         """All of it in fp32, as in HF's DeepseekV3TopkRouter; gradients flow through the weights."""
         weight = self.weight[...]
         weight_ED = self.ranks.gather(weight) if self.in_parts else weight
-        logits = jnp.einsum(
-            "td,ed->te",
-            x_TD.astype(jnp.float32),
-            weight_ED.astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        scores = jax.nn.sigmoid(logits)
+        scores = jax.nn.sigmoid(_logits(x_TD, weight_ED))
         choice = jax.lax.stop_gradient(scores + self.e_score_correction_bias[...])
         _, experts = jax.lax.top_k(choice, self.config.num_experts_per_tok)
         experts = checkpoint_name(experts, ROUTING)
@@ -72,6 +65,47 @@ class Router(nnx.Module):
         if self.config.norm_topk_prob and self.config.num_experts_per_tok > 1:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
         return Routing(experts, weights * self.config.routed_scaling_factor)
+
+
+def _logits(x_TD: Array, weight_ED: Array) -> Array:
+    """fp32 logits [tokens, E].
+
+    Products of bf16 values are exact in fp32: where both are bf16, the fast bf16 product with fp32
+    sums is the fp32 product.
+    """
+    if x_TD.dtype == weight_ED.dtype == jnp.bfloat16:
+        return cast(Array, _exact_logits(x_TD, weight_ED))
+    x_TD, weight_ED = x_TD.astype(jnp.float32), weight_ED.astype(jnp.float32)
+    return jnp.einsum("td,ed->te", x_TD, weight_ED, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def _exact_logits(x_TD: Array, weight_ED: Array) -> Array:
+    return jnp.einsum("td,ed->te", x_TD, weight_ED, preferred_element_type=jnp.float32)
+
+
+def _exact_logits_forward(x_TD: Array, weight_ED: Array) -> tuple[Array, tuple[Array, Array]]:
+    return cast(Array, _exact_logits(x_TD, weight_ED)), (x_TD, weight_ED)
+
+
+def _exact_logits_backward(saved: tuple[Array, Array], d_logits_TE: Array) -> tuple[Array, Array]:
+    """The cotangent is rounded to bf16, as that of every other linear layer is."""
+    x_TD, weight_ED = saved
+    d_logits_TE = d_logits_TE.astype(x_TD.dtype)
+    return (
+        jnp.einsum("te,ed->td", d_logits_TE, weight_ED),
+        jnp.einsum("te,td->ed", d_logits_TE, x_TD),
+    )
+
+
+_exact_logits.defvjp(_exact_logits_forward, _exact_logits_backward)
+
+
+class Hidden(NamedTuple):
+    """What the routed experts' gate and up projections put out, [A, M] each."""
+
+    gate: Float[Array, "A M"]
+    up: Float[Array, "A M"]
 
 
 class Experts(nnx.Module):
@@ -82,21 +116,39 @@ class Experts(nnx.Module):
         self.up_proj = ExpertLinear(rows["mlp.experts.up_proj"], plan)
         self.down_proj = ExpertLinear(rows["mlp.experts.down_proj"], plan)
 
-    def __call__(self, x_AD: Array, group_sizes_E: Array, weights_A: Array, layer: Array) -> Array:
-        """Σ-ready outputs of assignments sorted by expert: weight · down(silu(gate) · up).
+    def __call__(
+        self,
+        x_AD: Array,
+        group_sizes_E: Array,
+        weights_A: Array,
+        layer: Array,
+        known: Hidden | None = None,
+    ) -> tuple[Array, Hidden]:
+        """Σ-ready outputs of assignments sorted by expert, weight · down(silu(gate) · up); gate and up.
 
         The routing weight multiplies the hidden activation before `down_proj`, which gives the same
         product and keeps the weight's gradient from needing the expert's output.
+
+        Args:
+            x_AD: rows sorted by expert.
+            group_sizes_E: rows of each expert.
+            weights_A: fp32 routing weights of the rows.
+            layer: the layer's number in its stack.
+            known: gate and up, where an earlier call has made them from the same rows.
         """
 
-        def project(linear: ExpertLinear, x: Array) -> Array:
+        def project(linear: ExpertLinear, x: Array, known: Array | None = None) -> Array:
             return kernels.grouped_matmul(
-                x, linear.grouped_weight, group_sizes_E, linear.adapter, layer=layer
+                x, linear.grouped_weight, group_sizes_E, linear.adapter, layer=layer, known=known
             )
 
-        hidden_AM = jax.nn.silu(project(self.gate_proj, x_AD)) * project(self.up_proj, x_AD)
+        gate_AM = project(self.gate_proj, x_AD, known and known.gate)
+        up_AM = project(self.up_proj, x_AD, known and known.up)
+        gate_AM = checkpoint_name(gate_AM, EXPERT_GATE)
+        up_AM = checkpoint_name(up_AM, EXPERT_UP)
+        hidden_AM = jax.nn.silu(gate_AM) * up_AM
         weighted = (hidden_AM.astype(jnp.float32) * weights_A[:, None]).astype(x_AD.dtype)
-        return project(self.down_proj, weighted)
+        return project(self.down_proj, weighted), Hidden(gate_AM, up_AM)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -132,11 +184,11 @@ class MixtureOfExperts(nnx.Module):
         graph, trained, frozen = nnx.split(self.experts, nnx.LoRAParam, ...)
 
         def compute(
-            trained: Any, frozen: Any, x_AD: Array, weights_A: Array, sizes: Array
-        ) -> Array:
+            trained: Any, frozen: Any, x_AD: Array, weights_A: Array, sizes: Array, known: Any
+        ) -> tuple[Array, Hidden]:
             state, layer = frozen
             module: Experts = nnx.merge(graph, trained, state)
-            return module(x_AD, sizes, weights_A, layer)
+            return module(x_AD, sizes, weights_A, layer, known)
 
         y_TD = routed(
             self.ranks.whole_rows if whole else self.ranks,

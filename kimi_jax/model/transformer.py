@@ -96,7 +96,8 @@ class Transformer(nnx.Module):
         loads = jnp.zeros((0, self.config.n_routed_experts), jnp.int32)
         for stack in (self.dense_layers, self.moe_layers):
             if stack is not None:
-                x_BTD, loads = scan_stack(stack, apply, x_BTD, None, self.settings.recompute)
+                recompute, keep = self.settings.recompute, self.settings.keep
+                x_BTD, loads = scan_stack(stack, apply, x_BTD, None, recompute, keep)
         return self.norm(x_BTD), loads
 
     def decode(

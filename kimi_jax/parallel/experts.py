@@ -3,17 +3,19 @@
 Every rank sees the rows of all and computes those assignments that its experts were chosen for, in
 passes over a buffer of fixed size. Usually one pass holds them; a rank that was chosen more often
 makes more passes, while memory stays what it was. The number of passes is not known before the step
-runs, so the derivative is written here: it makes the same passes and computes each once more.
+runs, so the derivative is written here: it makes the same passes and computes each once more, but for
+what it kept of the first.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.kernels.recall import recalled
 from kimi_jax.kernels.token_movement import (
     Order,
     combine,
@@ -25,11 +27,27 @@ from kimi_jax.kernels.token_movement import (
 )
 from kimi_jax.parallel.ranks import Ranks
 
-Compute = Callable[[Any, Any, Array, Array, Array], Array]
-"""`(trained, frozen, rows [C, D], routing weights [C], group sizes [e]) -> rows [C, D]`.
+Compute = Callable[[Any, Any, Array, Array, Array, Any], tuple[Array, Any]]
+"""`(trained, frozen, rows [C, D], routing weights [C], group sizes [e], known) -> rows [C, D], kept`.
 
-Rows behind the groups are not part of any, and what comes out for them is ignored.
+Rows behind the groups are not part of any, and what comes out for them is ignored. `kept` are results
+on the way, which need not be computed again for the derivative if they come back as `known`; `known`
+is None the first time.
 """
+
+
+class Operands(NamedTuple):
+    """What the experts of this rank are applied to.
+
+    trained, frozen: trees of arrays of `Compute`, the former differentiated. x: [N, D] the rows of all
+    ranks. weights: [N, K] fp32 weights of their experts. order: their assignments by expert.
+    """
+
+    trained: Any
+    frozen: Any
+    x: Float[Array, "N D"]
+    weights: Float[Array, "N K"]
+    order: Order
 
 
 def routed(
@@ -59,98 +77,92 @@ def routed(
     order = sort_by_expert(ranks.gather_rows(experts_NK), here, ranks.index() * here)
     assignments = weights_NK.size
     capacity = ranks.buffer_rows(assignments) if ranks.rows == "split" else assignments
-    operands = (trained, frozen, x_ND, weights_NK, order)
+    operands = Operands(trained, frozen, x_ND, weights_NK, order)
     if ranks.expert == 1:
-        y_ND = _all_here(compute, *operands)
+        y_ND = _all_here(compute, operands)
     elif capacity == assignments:
-        y_ND = _one_pass(compute, capacity, *operands, jnp.int32(0))
+        y_ND = _one_pass(compute, capacity, operands, jnp.int32(0))[0]
     else:
-        y_ND = cast(Array, _in_passes(compute, capacity, *operands))
+        y_ND = cast(Array, _in_passes(compute, capacity, operands))
     return ranks.return_rows(y_ND)
 
 
-def _all_here(
-    compute: Compute, trained: Any, frozen: Any, x_ND: Array, weights_NK: Array, order: Order
-) -> Array:
+def _all_here(compute: Compute, operands: Operands) -> Array:
+    trained, frozen, x_ND, weights_NK, order = operands
     k = weights_NK.shape[1]
     weights_A = dispatch(weights_NK.reshape(-1, 1), order, 1)[:, 0]
-    y_AD = compute(trained, frozen, dispatch(x_ND, order, k), weights_A, order.group_sizes)
+    rows_AD = dispatch(x_ND, order, k)
+    y_AD, _ = compute(trained, frozen, rows_AD, weights_A, order.group_sizes, None)
     return combine(y_AD, order, k)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_passes(
-    compute: Compute,
-    capacity: int,
-    trained: Any,
-    frozen: Any,
-    x_ND: Array,
-    weights_NK: Array,
-    order: Order,
-) -> Array:
-    def one_pass(start: Array) -> Array:
-        return _one_pass(compute, capacity, trained, frozen, x_ND, weights_NK, order, start)
-
-    return _sum_of_passes(one_pass, capacity, order.group_sizes.sum())
+def _in_passes(compute: Compute, capacity: int, operands: Operands) -> Array:
+    return _in_passes_forward(compute, capacity, operands)[0]
 
 
 def _one_pass(
-    compute: Compute,
-    capacity: int,
-    trained: Any,
-    frozen: Any,
-    x_ND: Array,
-    weights_NK: Array,
-    order: Order,
-    start: Array,
-) -> Array:
-    """What the sorted assignments from `start` on, at most `capacity`, add to each row."""
+    compute: Compute, capacity: int, operands: Operands, start: Array, known: Any = None
+) -> tuple[Array, Any]:
+    """What the sorted assignments from `start` on, at most `capacity`, add to each row.
+
+    Also what comes back as `known` where the same pass is differentiated: its rows, and `kept`.
+    """
+    trained, frozen, x_ND, weights_NK, order = operands
     k = weights_NK.shape[1]
-    rows_CD = dispatch_window(x_ND, order, k, start, capacity)
+
+    def gather(x_ND: Array) -> Array:
+        return dispatch_window(x_ND, order, k, start, capacity)
+
+    rows_known, compute_known = known or (None, None)
+    rows_CD = gather(x_ND) if known is None else recalled(gather, rows_known, x_ND)
     weights_C = dispatch_window(weights_NK.reshape(-1, 1), order, 1, start, capacity)[:, 0]
     sizes = window_sizes(order.group_sizes, start, capacity)
-    y_CD = compute(trained, frozen, rows_CD, weights_C, sizes)
-    return combine_window(y_CD, order, k, start)
+    y_CD, kept = compute(trained, frozen, rows_CD, weights_C, sizes, compute_known)
+    return combine_window(y_CD, order, k, start), (rows_CD, kept)
 
 
-def _sum_of_passes(one_pass: Callable[[Array], Any], capacity: int, total: Array) -> Any:
-    """Σ one_pass(0), one_pass(capacity), … below `total`: the first always, the others as needed."""
+def _with_further_passes(
+    first: Any, one_pass: Callable[[Array], Any], capacity: int, total: Array
+) -> Any:
+    """first + one_pass(capacity) + one_pass(2 · capacity) + … below `total`, as many as there are."""
 
     def more(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         start, summed = carry
         return start + capacity, jax.tree.map(jnp.add, summed, one_pass(start))
 
-    first = one_pass(jnp.zeros_like(total))
     start = jnp.asarray(capacity, total.dtype)
     return jax.lax.while_loop(lambda carry: carry[0] < total, more, (start, first))[1]
 
 
 def _in_passes_forward(
-    compute: Compute,
-    capacity: int,
-    trained: Any,
-    frozen: Any,
-    x_ND: Array,
-    weights_NK: Array,
-    order: Order,
-) -> tuple[Array, Any]:
-    y_ND = _in_passes(compute, capacity, trained, frozen, x_ND, weights_NK, order)
-    return cast(Array, y_ND), (trained, frozen, x_ND, weights_NK, order)
+    compute: Compute, capacity: int, operands: Operands
+) -> tuple[Array, tuple[Operands, Any]]:
+    total = operands.order.group_sizes.sum()
+    first, kept = _one_pass(compute, capacity, operands, jnp.zeros_like(total))
+
+    def one_pass(start: Array) -> Array:
+        return _one_pass(compute, capacity, operands, start)[0]
+
+    return _with_further_passes(first, one_pass, capacity, total), (operands, kept)
 
 
 def _in_passes_backward(
-    compute: Compute, capacity: int, saved: Any, dy_ND: Array
-) -> tuple[Any, None, Array, Array, None]:
-    trained, frozen, x_ND, weights_NK, order = saved
+    compute: Compute, capacity: int, saved: tuple[Operands, Any], dy_ND: Array
+) -> tuple[Operands]:
+    operands, kept = saved
+    total = operands.order.group_sizes.sum()
 
-    def one_pass(start: Array) -> Any:
+    def one_pass(start: Array, known: Any = None) -> Any:
         def forward(trained: Any, x_ND: Array, weights_NK: Array) -> Array:
-            return _one_pass(compute, capacity, trained, frozen, x_ND, weights_NK, order, start)
+            changed = operands._replace(trained=trained, x=x_ND, weights=weights_NK)
+            return _one_pass(compute, capacity, changed, start, known)[0]
 
-        return jax.vjp(forward, trained, x_ND, weights_NK)[1](dy_ND)
+        return jax.vjp(forward, operands.trained, operands.x, operands.weights)[1](dy_ND)
 
-    d_trained, dx_ND, d_weights_NK = _sum_of_passes(one_pass, capacity, order.group_sizes.sum())
-    return d_trained, None, dx_ND, d_weights_NK, None
+    first = one_pass(jnp.zeros_like(total), kept)
+    trained, x, weights = _with_further_passes(first, one_pass, capacity, total)
+    return (Operands(trained, None, x, weights, None),)  # pyright: ignore[reportArgumentType]
 
 
 _in_passes.defvjp(_in_passes_forward, _in_passes_backward)

@@ -8,7 +8,7 @@ against the compiler's reports: see LOG.md.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kimi_jax.config import Recompute
+from kimi_jax.config import Keep, Recompute
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.parallel.ranks import Ranks
 
@@ -20,7 +20,8 @@ Terms = Mapping[str, int]
 class Work:
     """One micro-batch on one device.
 
-    rows, length: sequences of this device and their tokens. itemsize: bytes of an activation.
+    rows, length: sequences of this device and their tokens. itemsize: bytes of an activation. keep:
+    what is kept beside layers' inputs. low_rank: columns of all adapters' products but experts'.
     chunk: tokens of a device whose logits exist at one time. adapters: bytes of this device's fp32
     adapters. layer_weights: bytes of the matrices, but the experts', of a layer with experts, whole.
     matrices: those of all layers.
@@ -32,6 +33,8 @@ class Work:
     length: int
     itemsize: int
     recompute: Recompute
+    keep: tuple[Keep, ...]
+    low_rank: int
     chunk: int
     adapters: int
     layer_weights: int
@@ -70,7 +73,9 @@ def saved(work: Work) -> dict[str, int]:
         "layer inputs": config.num_hidden_layers * work.hidden(work.tokens),
         # Choosing again in another fusion could choose otherwise.
         "router's choice": config.num_moe_layers * work.tokens * config.num_experts_per_tok * INT32,
+        "adapters' low-rank products": work.tokens * work.low_rank * work.itemsize,
     }
+    terms |= {f"kept: {name}": kept_bytes(work, name) for name in work.keep}
     if work.recompute == "none":
         layers = config.num_hidden_layers
         terms["attention's operands"] = layers * sum(_attention(work).values())
@@ -88,6 +93,26 @@ def saved(work: Work) -> dict[str, int]:
             terms["gathered weights"] = work.matrices
         terms["experts' operands"] = config.num_moe_layers * sum(_experts_kept(work).values())
     return terms
+
+
+def kept_bytes(work: Work, name: Keep) -> int:
+    """Of all layers, what `train.keep` names."""
+    config = work.config
+    layers, with_experts = config.num_hidden_layers, config.num_moe_layers
+    latents = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_rope_head_dim
+    attention = config.num_attention_heads * (config.v_head_dim * work.itemsize + FP32)
+    dense = config.first_k_dense_replace * config.intermediate_size
+    shared = with_experts * config.n_shared_experts * config.moe_intermediate_size
+    one_projection = with_experts * work.buffer * config.moe_intermediate_size * work.itemsize
+    sizes: dict[Keep, int] = {
+        "stream": layers * work.hidden(work.tokens),
+        "latents": layers * work.tokens * latents * work.itemsize,
+        "attention": layers * work.tokens * attention,
+        "feed_forward": 2 * work.tokens * (dense + shared) * work.itemsize,
+        "expert_gate": one_projection,
+        "expert_up": one_projection,
+    }
+    return sizes[name]
 
 
 def phases(work: Work) -> dict[str, dict[str, int]]:
@@ -109,16 +134,14 @@ def workspace(work: Work) -> tuple[str, int]:
 
 
 def _experts_kept(work: Work) -> dict[str, int]:
-    """Without recomputation. Passes over a buffer keep what goes into them and repeat the rest."""
+    """Without recomputation. Passes over a buffer keep this of the first, and repeat the others."""
     config = work.config
     width = config.moe_intermediate_size * work.itemsize
-    terms = {"gathered rows": work.hidden(work.gathered)}
-    if work.buffer == work.gathered * config.num_experts_per_tok:
-        terms |= {
-            "expert buffer": work.hidden(work.buffer),
-            "gate, up, weighted": 3 * work.buffer * width,
-        }
-    return terms
+    return {
+        "gathered rows": work.hidden(work.gathered),
+        "expert buffer": work.hidden(work.buffer),
+        "gate, up, weighted": 3 * work.buffer * width,
+    }
 
 
 def _experts_backward(work: Work) -> dict[str, int]:

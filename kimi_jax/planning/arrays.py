@@ -70,6 +70,12 @@ def adapter_bytes(plan: AdapterPlan, ranks: Ranks) -> dict[str, int]:
     return groups
 
 
+def low_rank_columns(plan: AdapterPlan) -> int:
+    """Columns of x · Aᵀ of all adapters of layers but experts'."""
+    inside = [a for a in plan.values() if a.weight.stack and a.weight.role != "routed"]
+    return sum(adapter.rank * adapter.weight.layers for adapter in inside)
+
+
 def sharding_lines(table: Sequence[Weight], plan: AdapterPlan, ranks: Ranks) -> list[str]:
     """One line for each array of base and adapters: path, shape, dtype, spec, a rank's shape and bytes."""
     rows = []

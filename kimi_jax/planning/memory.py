@@ -15,7 +15,7 @@ from kimi_jax.model.layout import check_layout
 from kimi_jax.model.params import Weight, weight_table
 from kimi_jax.parallel.ranks import Ranks
 from kimi_jax.planning.activations import Work, phases, saved, workspace
-from kimi_jax.planning.arrays import adapter_bytes, base_bytes, matrix_bytes
+from kimi_jax.planning.arrays import adapter_bytes, base_bytes, low_rank_columns, matrix_bytes
 from kimi_jax.planning.flops import TokenFlops, active_parameters, token_flops
 from kimi_jax.planning.gpus import DEFAULT, Gpu, find_gpu
 from kimi_jax.weights.checkpoint import resolve_checkpoint
@@ -184,6 +184,8 @@ class Sizing:
             length=train.sequence_length,
             itemsize=ITEMSIZE[self.config.model.dtype],
             recompute=train.recompute,
+            keep=tuple(train.keep),
+            low_rank=low_rank_columns(self.adapters),
             chunk=train.loss_chunk,
             adapters=sum(adapter_bytes(self.adapters, self.ranks).values()),
             layer_weights=one_layer,
@@ -277,7 +279,9 @@ def plan_sizing(sizing: Sizing, gpu: Gpu) -> MemoryPlan:
             active_parameters(sizing.table, sizing.model),
             sum(adapter.parameters for adapter in sizing.adapters.values()),
         ),
-        flops=token_flops(sizing.table, sizing.model, train.recompute, train.sequence_length),
+        flops=token_flops(
+            sizing.table, sizing.model, train.recompute, train.sequence_length, train.keep
+        ),
         largest_micro_batch=sizing.largest_rows(gpu.memory) * sizing.ranks.count,
     )
 

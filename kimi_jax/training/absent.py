@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from kimi_jax.config import RunConfig
 from kimi_jax.errors import UserError
+from kimi_jax.kernels.hopper import compiler_options
 from kimi_jax.kernels.target import compiling_for
 from kimi_jax.lora import plan_adapters
 from kimi_jax.model.config import ModelConfig
@@ -86,6 +87,7 @@ def model_of(config: RunConfig, model: ModelConfig, ranks: Ranks) -> ModelDef:
         DTYPES[config.model.dtype],
         config.model.latent_norm_eps,
         config.train.recompute,
+        tuple(config.train.keep),
         ranks,
         config.mesh.half_batches,
     )
@@ -164,7 +166,7 @@ def compile_step(
     with compiling_for(gpu.device_kind), jax.sharding.use_abstract_mesh(mesh):
         lowered = step.trace(*arguments).lower(lowering_platforms=("cuda",))
         middle = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=compiler_options())
     seconds = (middle - began, time.perf_counter() - middle)
     text = compiled.as_text()
     return report_of(compiled, text, gpu.device_kind, seconds), text

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kimi_jax.config import TrainSection
+from kimi_jax.kernels.hopper import compiler_options
 from kimi_jax.model.transformer import ModelDef
 from kimi_jax.training.optimizer import make_optimizer
 from kimi_jax.training.own_rate import make_update_at
@@ -24,7 +25,10 @@ class Programs:
     @cached_property
     def gradients(self) -> Any:
         """`make_gradients`."""
-        return jax.jit(make_gradients(self._model_def, self._settings.loss_chunk))
+        return jax.jit(
+            make_gradients(self._model_def, self._settings.loss_chunk),
+            compiler_options=compiler_options(),
+        )
 
     @cached_property
     def add(self) -> Any:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from kimi_jax.kernels.hopper import compiler_options
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.transformer import ModelDef
 from kimi_jax.parallel.ranks import MICRO_BATCHES, ONE_DEVICE, REPLICATED, Ranks
@@ -69,11 +70,17 @@ def make_gradients(
         return terms.loss_sum, terms
 
     def gradients(adapters: Tree, base: Any, batch: Any) -> Gradients:
-        def add(total: Gradients, micro_batch: Any) -> tuple[Gradients, None]:
+        def of(micro_batch: Any) -> Gradients:
             (_, terms), sums = jax.value_and_grad(loss, has_aux=True)(adapters, base, micro_batch)
-            return jax.tree.map(jnp.add, total, Gradients(sums, terms)), None
+            return Gradients(sums, terms)
 
-        mine, _ = jax.lax.scan(add, no_gradients(model_def.config, adapters), batch)
+        def add(total: Gradients, micro_batch: Any) -> tuple[Gradients, None]:
+            return jax.tree.map(jnp.add, total, of(micro_batch)), None
+
+        if len(batch["tokens"]) == 1:  # no second set of gradients to add to
+            mine = of({field: values[0] for field, values in batch.items()})
+        else:
+            mine, _ = jax.lax.scan(add, no_gradients(model_def.config, adapters), batch)
         sums = {
             path: ranks.sum_where_replicated(value, model_def.adapter_specs[path])
             for path, value in mine.sums.items()
@@ -150,4 +157,4 @@ def make_train_step(
     def step(state: TrainState, base: Any, batch: Any) -> tuple[TrainState, StepMetrics]:
         return update(state, gradients(state.adapters, base, batch))
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())

@@ -66,6 +66,7 @@ class Trainer:
             DTYPES[model.dtype],
             model.latent_norm_eps,
             self.config.train.recompute,
+            tuple(self.config.train.keep),
             self.ranks,
             self.config.mesh.half_batches,
         )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from kimi_jax.kernels.recall import recalled
 from kimi_jax.parallel.experts import routed
 from kimi_jax.parallel.mesh import make_mesh
 from kimi_jax.parallel.ranks import ONE_DEVICE, Ranks
@@ -14,13 +15,20 @@ ROWS, WIDTH, EXPERTS, K = 160, 8, 16, 3
 ROUTINGS = ("even", "skewed", "one")
 
 
-def compute(trained, frozen, x_AD, weights_A, sizes):
-    """An expert is x · (frozen + trained), times the routing weight; rows behind the groups are NaN."""
+def compute(trained, frozen, x_AD, weights_A, sizes, known):
+    """An expert is x · (frozen + trained), times the routing weight; rows behind the groups are NaN.
+
+    Kept is what the routing weight multiplies.
+    """
     ends = jnp.cumsum(sizes)
     row = jnp.arange(x_AD.shape[0])
     group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), len(sizes) - 1)
-    y_AD = jnp.einsum("ad,ado->ao", x_AD, (frozen + trained)[group]) * weights_A[:, None]
-    return jnp.where((row < ends[-1])[:, None], y_AD, jnp.nan)
+
+    def multiply(x_AD, trained):
+        return jnp.einsum("ad,ado->ao", x_AD, (frozen + trained)[group])
+
+    p_AD = multiply(x_AD, trained) if known is None else recalled(multiply, known, x_AD, trained)
+    return jnp.where((row < ends[-1])[:, None], p_AD * weights_A[:, None], jnp.nan), p_AD
 
 
 def operands(routing):

@@ -1,0 +1,33 @@
+"""Results of a layer that its backward pass may keep instead of computing them again, by name.
+
+Under `train.recompute: layer` the backward pass keeps a layer's input and, of what it computes from
+it, what bears one of these names.
+"""
+
+from collections.abc import Sequence
+
+from kimi_jax.config import Keep
+from kimi_jax.kernels.mla_attention.residuals import LOGSUMEXP_NAME, OUTPUT_NAME
+
+# Always kept. Recomputed in another fusion, a near-tie of the router could choose another expert than
+# in the forward pass. An adapter's rank-wide product is small beside the operand it is made from.
+ROUTING, LOW_RANK = "chosen_experts", "low_rank"
+
+STREAM = "stream"
+LATENT = "latent"
+FEED_FORWARD = "feed_forward"
+EXPERT_GATE, EXPERT_UP = "expert_gate", "expert_up"
+
+NAMES: dict[Keep, tuple[str, ...]] = {
+    "stream": (STREAM,),
+    "latents": (LATENT,),
+    "attention": (OUTPUT_NAME, LOGSUMEXP_NAME),
+    "feed_forward": (FEED_FORWARD,),
+    "expert_gate": (EXPERT_GATE,),
+    "expert_up": (EXPERT_UP,),
+}
+
+
+def names_of(keep: Sequence[Keep]) -> tuple[str, ...]:
+    """All names that a checkpoint policy saves."""
+    return (ROUTING, LOW_RANK, *(name for kept in keep for name in NAMES[kept]))

@@ -1,0 +1,105 @@
+"""One of a run's ranks on the device at hand: its structure, its values, its compiled step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kimi_jax.config import RunConfig
+from kimi_jax.config_file import load_config
+from kimi_jax.model.config import ModelConfig
+from kimi_jax.model.params import Weight, weight_table
+from kimi_jax.model.transformer import ModelDef
+from kimi_jax.parallel.ranks import Ranks
+from kimi_jax.parallel.sharding import local_shape
+from kimi_jax.planning.arrays import mesh_shape
+from kimi_jax.planning.compiled import CompiledStep
+from kimi_jax.planning.gpus import DEFAULT, Gpu, find_gpu, known_gpus
+from kimi_jax.planning.memory import MemoryPlan, abstract_ranks, plan_sizing, sizing_of
+from kimi_jax.training.absent import model_of, report_of
+from kimi_jax.training.optimizer import make_optimizer
+from kimi_jax.training.step import TrainState, init_state, make_train_step
+from tools.random_base import random_base
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank of a run, alone: what it would receive from the others is made of copies of its own."""
+
+    config: RunConfig
+    model: ModelConfig
+    model_def: ModelDef
+    ranks: Ranks
+    table: tuple[Weight, ...]
+
+    @property
+    def rows(self) -> int:
+        """Of this rank, in a micro-batch."""
+        return self.config.train.micro_batch // self.ranks.count
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, padding included."""
+        return self.config.train.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        """Of this rank in a micro-batch, padding included."""
+        return self.rows * self.length
+
+    def lower(self, *arguments: Any) -> Any:
+        """The real train step, traced and lowered for (state, base, batch)."""
+        train = self.config.train
+        step = make_train_step(self.model_def, make_optimizer(train), train.loss_chunk)
+        return step.lower(*arguments)
+
+    def plan(self) -> MemoryPlan:
+        """Of this rank, on the GPU at hand if it is known."""
+        return plan_sizing(sizing_of(self.config, self.model), this_gpu())
+
+    def report(self, compiled: Any) -> CompiledStep:
+        """What the compiler says."""
+        return report_of(compiled, compiled.as_text(), jax.devices()[0].device_kind, (0.0, 0.0))
+
+
+def make_rank(config: RunConfig, model: ModelConfig) -> Rank:
+    """The rank of a run's configuration that this device plays."""
+    ranks = abstract_ranks(config)
+    return Rank(config, model, model_of(config, model, ranks), ranks, weight_table(model))
+
+
+def with_rows(config: RunConfig, length: int, tokens: int) -> RunConfig:
+    """The same run with rows of `length`: as many as make `tokens` on each device, at least one."""
+    values = config.model_dump()
+    devices = config.mesh.expert * config.mesh.data
+    rows = max(1, tokens // length)
+    values["train"] |= {"sequence_length": length, "micro_batch": rows * devices}
+    return load_config(values)
+
+
+def make_state(rank: Rank) -> TrainState:
+    """This rank's factors, A small and B zero, and an optimizer that has made no update."""
+    shapes = mesh_shape(rank.ranks)
+
+    def adapters() -> dict[str, Any]:
+        made = {}
+        for number, (path, leaf) in enumerate(rank.model_def.adapter_shapes.items()):
+            shape = local_shape(path, leaf.shape, rank.model_def.adapter_specs[path], shapes)
+            key = jax.random.key(number, impl="rbg")
+            small = path.endswith("lora_A")
+            made[path] = 0.01 * jax.random.normal(key, shape) if small else jnp.zeros(shape)
+        return made
+
+    return init_state(jax.jit(adapters)(), make_optimizer(rank.config.train), rank.ranks)
+
+
+def make_base(rank: Rank) -> dict[str, Any]:
+    """Random base weights in their packed format, made on the device."""
+    return jax.block_until_ready(random_base(rank.model_def))
+
+
+def this_gpu() -> Gpu:
+    """What is at hand if the plan knows it, or the plan's default."""
+    kind = jax.devices()[0].device_kind
+    return next((gpu for gpu in known_gpus() if gpu.device_kind == kind), find_gpu(DEFAULT))

@@ -38,10 +38,10 @@ from kimi_jax.parallel.mesh import EXPERT
 from kimi_jax.parallel.ranks import ONE_DEVICE, Ranks, make_ranks
 from kimi_jax.training.programs import Programs
 from kimi_jax.training.step import init_state
+from kimi_jax.training.structure import DTYPES
 from tools.random_base import random_base
 
 TARGETS = ("attention", "dense", "shared", "routed", "head")
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Exchanges of a layer's rows: to the experts and back, once more to recompute what the experts saw,
 # and both ways again for the gradients.
 GATHERS, SCATTERS, WEIGHT_GATHERS = 3, 2, 2
@@ -164,8 +164,6 @@ def main() -> None:
     for name, ranks, halves in cases:
         case = Case(options, name, ranks, halves)
         rows = batches(options, case.model_def.config.vocab_size)
-        if ranks.alone:  # one rank's rows
-            rows = [{k: v[:, : options.rows] for k, v in batch.items()} for batch in rows]
         found[name] = case.run(rows)
         if name == "mesh":
             found[name]["exchanges_s"] = exchange_seconds(case, options.rows * options.length)

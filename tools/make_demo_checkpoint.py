@@ -26,9 +26,10 @@ from kimi_jax.data.rows import JsonlRows
 from kimi_jax.int4 import pack_numpy, quantise_numpy
 from kimi_jax.model.config import parse_model_config
 from kimi_jax.model.layer import ModelSettings
+from kimi_jax.model.layout import base_arrays
 from kimi_jax.model.params import weight_table
 from kimi_jax.model.transformer import ModelDef
-from kimi_jax.weights.load import base_path
+from kimi_jax.parallel.ranks import ONE_DEVICE
 from kimi_jax.weights.names import Tensor, expected_tensors
 from kimi_jax.weights.reader import INDEX
 
@@ -153,8 +154,12 @@ def main() -> None:
     weights = pretrain(
         model_def, init_weights(model_def, SEED), batches, options.steps, options.learning_rate
     )
-    stored = {path: np.asarray(value) for path, value in as_stored(weights).items()}
-    trained = {path: np.asarray(value) for path, value in weights.items()}
+    # By the weight's own path: none is packed, so each is held in one array.
+    arrays = base_arrays(weight_table(plain), ONE_DEVICE).values()
+    stored, trained = (
+        {array.weight.path: np.asarray(values[array.path]) for array in arrays}
+        for values in (as_stored(weights), weights)
+    )
     tensors = {
         name: _tensor(tensor, trained if tensor.part != "value" else stored)
         for name, tensor in expected_tensors(weight_table(config), config).items()
@@ -174,7 +179,7 @@ def _texts() -> list[str]:
 
 def _tensor(tensor: Tensor, weights: dict[str, np.ndarray]) -> np.ndarray:
     """A tensor of the checkpoint, in its dtype on disk."""
-    value = weights[base_path(tensor.weight, "value")]
+    value = weights[tensor.weight.path]
     if tensor.weight.stack:
         value = value[tensor.layer]
     if tensor.expert is not None:

@@ -31,8 +31,7 @@ def random_base(model_def: ModelDef, seed: int = 0) -> dict[str, Any]:
 
 
 def _made(array: BaseArray, ranks: Ranks, seed: int) -> Any:
-    whole = {"expert": ranks.expert}
-    local = local_shape(array.path, array.shape, array.spec, whole)
+    local = local_shape(array.path, array.shape, array.spec, ranks.mesh_shape)
     dtype = _dtype(array)
     key = jax.random.key(seed * 1_000_003 + zlib.crc32(array.path.encode()), impl="rbg")
     # One slice at a time: whole stacks of random bits would need more memory than the model.

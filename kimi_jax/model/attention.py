@@ -60,8 +60,8 @@ class LatentAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Causal attention within segments, keys and values expanded for every head."""
         config = self.config
-        q_nope, q_rope = self._queries(x_BTD, positions_BT)
-        latent, rope_key = self._latents(x_BTD, positions_BT)
+        q_nope, q_rope = self.queries(x_BTD, positions_BT)
+        latent, rope_key = self.latents(x_BTD, positions_BT)
         heads = self.kv_b_proj(latent).reshape(*latent.shape[:2], config.num_attention_heads, -1)
         k_nope, v_BTNU = jnp.split(heads, [config.qk_nope_head_dim], axis=-1)
         k_rope = jnp.broadcast_to(rope_key[:, :, None], q_rope.shape)
@@ -83,8 +83,8 @@ class LatentAttention(nnx.Module):
         adapter's change merged in, or an adapted kv_b_proj would have no effect here).
         """
         config = self.config
-        q_nope, q_rope = self._queries(x_BTD, positions_BT)
-        latent, rope_key = self._latents(x_BTD, positions_BT)
+        q_nope, q_rope = self.queries(x_BTD, positions_BT)
+        latent, rope_key = self.latents(x_BTD, positions_BT)
         row = jnp.arange(x_BTD.shape[0])[:, None]
         cache = LatentCache(
             cache.latent.at[row, positions_BT].set(latent.astype(cache.latent.dtype)),
@@ -115,7 +115,7 @@ class LatentAttention(nnx.Module):
         )
         return self.o_proj(out_BTNU.astype(x_BTD.dtype).reshape(*x_BTD.shape[:2], -1)), cache
 
-    def _queries(self, x_BTD: Array, positions_BT: Array) -> tuple[Array, Array]:
+    def queries(self, x_BTD: Array, positions_BT: Array) -> tuple[Array, Array]:
         """Queries of every head, [B, T, N, H] and the rotated [B, T, N, R]."""
         config = self.config
         if config.q_lora_rank is None:
@@ -127,7 +127,7 @@ class LatentAttention(nnx.Module):
         q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         return q_nope, rotate(q_rope, positions_BT, config)
 
-    def _latents(self, x_BTD: Array, positions_BT: Array) -> tuple[Array, Array]:
+    def latents(self, x_BTD: Array, positions_BT: Array) -> tuple[Array, Array]:
         """The normed latent [B, T, C] and the rotated shared key [B, T, R]."""
         joint = checkpoint_name(self.kv_a_proj_with_mqa(x_BTD), LATENT)
         latent, rope_key = jnp.split(joint, [self.config.kv_lora_rank], axis=-1)

@@ -17,7 +17,6 @@ from kimi_jax.errors import UserError
 from kimi_jax.model.attention import LatentAttention
 from kimi_jax.model.layer import Layer, scan_stack
 from kimi_jax.model.moe import MixtureOfExperts
-from kimi_jax.model.rope import rotate
 from kimi_jax.model.transformer import Transformer, check_tokens
 
 
@@ -81,7 +80,7 @@ def _walk(
 ) -> list[LayerView]:
     """Views of the layers of each stack, stacked."""
     model: Transformer = nnx.merge(graph, state)
-    x_BTD = model.embed_tokens[...][tokens_BT].astype(model.settings.dtype)
+    x_BTD = model.embed(tokens_BT, whole=False)
 
     def apply(layer: Layer, x_BTD: Array, _: None, number: Array) -> tuple[Array, LayerView]:
         normed = layer.input_layernorm(x_BTD)
@@ -105,26 +104,13 @@ def _scores(
 ) -> tuple[Array, Array, Array]:
     """Masked products of queries and keys [B, N, T, S], the normed latents, and the rotated shared key."""
     config = attention.config
-    if config.q_lora_rank is None:
-        q = attention.q_proj(x_BTD)
-    else:
-        q = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(x_BTD)))
-    q = q.reshape(*x_BTD.shape[:2], config.num_attention_heads, config.qk_head_dim)
-    q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
-    joint = attention.kv_a_proj_with_mqa(x_BTD)
-    latent, rope_key = jnp.split(joint, [config.kv_lora_rank], axis=-1)
-    latent = attention.kv_a_layernorm(latent)
-    rope_key = rotate(rope_key[:, :, None], positions_BT, config)[:, :, 0]
-    heads = attention.kv_b_proj(latent).reshape(*q.shape[:3], -1)
+    q_nope, q_rope = attention.queries(x_BTD, positions_BT)
+    latent, rope_key = attention.latents(x_BTD, positions_BT)
+    heads = attention.kv_b_proj(latent).reshape(*q_nope.shape[:3], -1)
     k_nope = heads[..., : config.qk_nope_head_dim]
     f32 = jnp.float32
     scores = jnp.einsum("btnh,bsnh->bnts", q_nope, k_nope, preferred_element_type=f32)
-    scores += jnp.einsum(
-        "btnr,bsr->bnts",
-        rotate(q_rope, positions_BT, config),
-        rope_key,
-        preferred_element_type=f32,
-    )
+    scores += jnp.einsum("btnr,bsr->bnts", q_rope, rope_key, preferred_element_type=f32)
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     same_segment = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     return jnp.where((causal & same_segment)[:, None], scores, -jnp.inf), latent, rope_key

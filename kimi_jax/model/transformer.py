@@ -82,7 +82,7 @@ class Transformer(nnx.Module):
         On several ranks it is called inside `Ranks.run`: each has rows of its own, or with `whole` all
         have the same. Assignments are those of the rows at hand.
         """
-        x_BTD = self._embed(tokens_BT, whole)
+        x_BTD = self.embed(tokens_BT, whole)
 
         def apply(layer: Layer, x: Array, _: None, number: Array) -> tuple[Array, Array]:
             parts = 1 if whole else self.settings.half_batches
@@ -104,7 +104,7 @@ class Transformer(nnx.Module):
         self, tokens_BT: Array, positions_BT: Array, caches: tuple[LatentCache | None, ...]
     ) -> tuple[Float[Array, "B T D"], tuple[LatentCache | None, ...]]:
         """Final normed hidden states of new tokens, and the caches with them in it."""
-        x_BTD = self._embed(tokens_BT, whole=True)
+        x_BTD = self.embed(tokens_BT, whole=True)
 
         def apply(
             layer: Layer, x: Array, cache: LatentCache, number: Array
@@ -141,7 +141,8 @@ class Transformer(nnx.Module):
         logits = kernels.head_logits(hidden, self.lm_head.weight[...], self.lm_head.adapter)
         return self.settings.ranks.gather_last(logits)
 
-    def _embed(self, tokens_BT: Array, whole: bool) -> Array:
+    def embed(self, tokens_BT: Array, whole: bool) -> Array:
+        """The residual stream [B, T, D] before the first layer; `whole` as in `hidden`."""
         ranks = self.settings.ranks.whole_rows if whole else self.settings.ranks
         table = self.embed_tokens[...]
         rows = look_up(ranks, table, tokens_BT.reshape(-1), self.settings.dtype)

@@ -11,11 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from kimi_jax.errors import RunStopped, UserError, listing
@@ -129,9 +132,23 @@ def on_first(action: Callable[[], Any]) -> Any:
 
 def largest(number: int) -> int:
     """The largest of the processes' numbers, which all learn: how they agree to stop."""
+    return largest_soon(number)()
+
+
+def largest_soon(number: int) -> Callable[[], int]:
+    """The same, asked now and awaited when what is returned is called.
+
+    Devices exchange the numbers behind what they were given before, and ahead of what comes after.
+    """
     if count() == 1:
-        return number
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+        return lambda: number
+    devices = np.asarray(jax.devices()).reshape(count(), -1)
+    mesh = Mesh(devices, ("processes", "devices"))
+    numbers = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, PartitionSpec("processes")), np.asarray([number], np.int32)
+    )
+    found = _maximum(NamedSharding(mesh, PartitionSpec()))(numbers)
+    return lambda: int(found.addressable_data(0))
 
 
 def wait_for_all(where: str) -> None:
@@ -183,6 +200,11 @@ def ended_together(report: Callable[[BaseException], int]) -> Iterator[None]:
         if is_first():
             time.sleep(_GRACE_SECONDS)
         os._exit(code)
+
+
+@cache
+def _maximum(everywhere: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(jnp.max, out_shardings=everywhere)
 
 
 def _settings(given: Settings) -> Settings:

@@ -5,7 +5,7 @@ are each rank's share of a sum, so the transposes of these exchanges, which JAX 
 the gradient of the whole.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from kimi_jax.config import MeshSection, Rest
-from kimi_jax.parallel.mesh import AXES, EXPERT, make_mesh
+from kimi_jax.parallel.mesh import AXES, DATA, EXPERT, make_mesh
 
 BUFFER_MULTIPLE = 128  # rows of an expert buffer, for the kernels' tiles
 
@@ -58,6 +58,11 @@ class Ranks:
     def count(self) -> int:
         """Ranks in all; each has rows of its own."""
         return self.expert * self.data
+
+    @property
+    def mesh_shape(self) -> dict[str, int]:
+        """Mesh axes and their sizes, whether or not there is a mesh."""
+        return {DATA: self.data, EXPERT: self.expert}
 
     def run(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any
@@ -165,18 +170,24 @@ MICRO_BATCHES = PartitionSpec(None, AXES)
 ONE_DEVICE = Ranks()
 
 
-def make_ranks(settings: MeshSection) -> Ranks:
-    """The ranks that a configuration asks for, on the devices that JAX sees.
+def make_ranks(settings: MeshSection, devices: Sequence[Any] | None = None) -> Ranks:
+    """The ranks that a configuration asks for, on `devices`; None: on those that JAX sees.
 
     Raises:
         UserError: see `kimi_jax.parallel.mesh.make_mesh`.
     """
-    if settings.expert * settings.data == 1:
-        return ONE_DEVICE
+    without = abstract_ranks(settings)
+    if not without.alone:
+        return without
+    return replace(without, mesh=make_mesh(settings.expert, settings.data, devices), alone=False)
+
+
+def abstract_ranks(settings: MeshSection) -> Ranks:
+    """The same without their devices: one of them alone."""
     return Ranks(
         settings.expert,
         settings.data,
-        make_mesh(settings.expert, settings.data),
+        alone=settings.expert * settings.data > 1,
         rest=settings.rest,
         buffer=settings.expert_buffer,
     )

@@ -19,14 +19,9 @@ EXPERT_ADAPTERS, ADAPTERS = "adapters of experts", "other adapters"
 FP32 = 4
 
 
-def mesh_shape(ranks: Ranks) -> dict[str, int]:
-    """Mesh axes and their sizes, whether or not there is a mesh."""
-    return {"data": ranks.data, "expert": ranks.expert}
-
-
 def local_count(name: str, shape: tuple[int, ...], spec: PartitionSpec, ranks: Ranks) -> int:
     """Values of one rank's part of an array."""
-    return math.prod(local_shape(name, shape, spec, mesh_shape(ranks)))
+    return math.prod(local_shape(name, shape, spec, ranks.mesh_shape))
 
 
 def bytes_of(array: BaseArray, ranks: Ranks) -> int:
@@ -89,7 +84,7 @@ def sharding_lines(table: Sequence[Weight], plan: AdapterPlan, ranks: Ranks) -> 
         rows.append((path, shape, "fp32", specs[path], size))
     lines = []
     for path, shape, dtype, spec, size in rows:
-        local = local_shape(path, shape, spec, mesh_shape(ranks))
+        local = local_shape(path, shape, spec, ranks.mesh_shape)
         names = ",".join(str(name or "-") for name in (*spec, *[None] * (len(shape) - len(spec))))
         lines.append(f"{path} {_dims(shape)} {dtype} {names} {_dims(local)} {size}")
     return lines

@@ -13,7 +13,7 @@ from kimi_jax.lora import AdapterPlan, plan_adapters
 from kimi_jax.model.config import ModelConfig, load_model_config
 from kimi_jax.model.layout import check_layout
 from kimi_jax.model.params import Weight, weight_table
-from kimi_jax.parallel.ranks import Ranks
+from kimi_jax.parallel.ranks import Ranks, abstract_ranks
 from kimi_jax.planning.activations import Work, phases, saved, workspace
 from kimi_jax.planning.arrays import adapter_bytes, base_bytes, low_rank_columns, matrix_bytes
 from kimi_jax.planning.flops import TokenFlops, active_parameters, token_flops
@@ -255,7 +255,7 @@ def sizing_of(config: RunConfig, model: ModelConfig) -> Sizing:
     Raises:
         UserError: a mesh over which experts or vocabulary cannot be divided, or bad adapter targets.
     """
-    table, ranks = weight_table(model), abstract_ranks(config)
+    table, ranks = weight_table(model), abstract_ranks(config.mesh)
     check_layout(table, ranks)
     rows = config.train.micro_batch // ranks.count
     return Sizing(config, model, table, plan_adapters(config.lora, table), ranks, rows)
@@ -283,16 +283,4 @@ def plan_sizing(sizing: Sizing, gpu: Gpu) -> MemoryPlan:
             sizing.table, sizing.model, train.recompute, train.sequence_length, train.keep
         ),
         largest_micro_batch=sizing.largest_rows(gpu.memory) * sizing.ranks.count,
-    )
-
-
-def abstract_ranks(config: RunConfig) -> Ranks:
-    """The ranks of a configuration without their devices."""
-    mesh = config.mesh
-    return Ranks(
-        expert=mesh.expert,
-        data=mesh.data,
-        alone=mesh.expert * mesh.data > 1,
-        rest=mesh.rest,
-        buffer=mesh.expert_buffer,
     )

@@ -6,6 +6,7 @@ GPU need not be. Nothing is allocated: the step's arguments are shapes with thei
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, SingleDeviceSharding, use_abstract_mesh
 
 from kimi_jax.config import RunConfig
 from kimi_jax.errors import UserError
 from kimi_jax.kernels.hopper import compiler_options
 from kimi_jax.kernels.target import compiling_for
-from kimi_jax.lora import plan_adapters
 from kimi_jax.model.config import ModelConfig
-from kimi_jax.model.layer import ModelSettings
-from kimi_jax.model.params import weight_table
-from kimi_jax.model.transformer import ModelDef
-from kimi_jax.parallel.mesh import make_mesh
-from kimi_jax.parallel.ranks import MICRO_BATCHES, REPLICATED, Ranks
+from kimi_jax.parallel.ranks import MICRO_BATCHES, REPLICATED, Ranks, make_ranks
 from kimi_jax.planning.compiled import CompiledStep
 from kimi_jax.planning.gpus import Gpu, find_gpu
 from kimi_jax.planning.hlo import collectives
@@ -33,8 +29,8 @@ from kimi_jax.planning.memory import read_architecture
 from kimi_jax.training.loss import BATCH_FIELDS
 from kimi_jax.training.optimizer import make_optimizer
 from kimi_jax.training.step import TrainState, make_train_step
+from kimi_jax.training.structure import model_of
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 FIELD_DTYPES = {
     field: jnp.float32 if field == "loss_weights" else jnp.int32 for field in BATCH_FIELDS
 }
@@ -69,46 +65,24 @@ def absent_devices(gpu: Gpu, machines: int, per_machine: int) -> list[Any]:
     return list(topology.devices)
 
 
-def ranks_on(config: RunConfig, devices: list[Any]) -> Ranks:
-    """The ranks of a configuration on these devices."""
-    mesh = config.mesh
-    return Ranks(
-        mesh.expert,
-        mesh.data,
-        make_mesh(mesh.expert, mesh.data, devices),
-        rest=mesh.rest,
-        buffer=mesh.expert_buffer,
-    )
-
-
-def model_of(config: RunConfig, model: ModelConfig, ranks: Ranks) -> ModelDef:
-    """The structure of a run's model on these ranks."""
-    settings = ModelSettings(
-        DTYPES[config.model.dtype],
-        config.model.latent_norm_eps,
-        config.train.recompute,
-        tuple(config.train.keep),
-        ranks,
-        config.mesh.half_batches,
-    )
-    return ModelDef(model, plan_adapters(config.lora, weight_table(model)), settings)
-
-
 def abstract_step(
-    config: RunConfig, model: ModelConfig, ranks: Ranks
-) -> tuple[Any, tuple[TrainState, dict[str, Any], dict[str, Any]]]:
+    config: RunConfig, model: ModelConfig, ranks: Ranks, device: Any | None = None
+) -> tuple[Any, tuple[TrainState, dict[str, Any], dict[str, Any], Any]]:
     """The jitted train step of a run, and its arguments as shapes with their places.
 
     Args:
         config: of the run.
         model: the checkpoint's.
         ranks: of the run, on devices that may be absent.
+        device: the one device, where the ranks have no mesh; None: the first that JAX sees.
     """
     train, model_def = config.train, model_of(config, model, ranks)
     optimizer = make_optimizer(train)
+    alone = None if device is None else SingleDeviceSharding(device)
 
     def place(leaf: Any, spec: PartitionSpec) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=ranks.sharding(spec))
+        sharding = ranks.sharding(spec) or alone
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def place_all(leaves: Mapping[str, Any], specs: Mapping[str, PartitionSpec]) -> dict[str, Any]:
         return {path: place(leaf, specs[path]) for path, leaf in leaves.items()}
@@ -132,7 +106,8 @@ def abstract_step(
         for field, dtype in FIELD_DTYPES.items()
     }
     base = place_all(model_def.base_shapes, model_def.base_specs)
-    return make_train_step(model_def, optimizer, train.loss_chunk), (state, base, batch)
+    after = place(jax.ShapeDtypeStruct((), jnp.bool_), REPLICATED)
+    return make_train_step(model_def, optimizer, train.loss_chunk), (state, base, batch, after)
 
 
 def compile_run(config: RunConfig, device: str, topology: str | None = None) -> CompiledStep:
@@ -147,23 +122,31 @@ def compile_run(config: RunConfig, device: str, topology: str | None = None) -> 
         UserError: see `absent_devices`, or a topology of another number of devices.
     """
     gpu = find_gpu(device)
-    ranks = ranks_on(config, absent_devices(gpu, *_stand(config, topology)))
-    return compile_step(config, read_architecture(config), ranks, gpu)[0]
+    devices = absent_devices(gpu, *_stand(config, topology))
+    ranks = make_ranks(config.mesh, devices)
+    return compile_step(config, read_architecture(config), ranks, gpu, devices[0])[0]
 
 
 def compile_step(
-    config: RunConfig, model: ModelConfig, ranks: Ranks, gpu: Gpu
+    config: RunConfig, model: ModelConfig, ranks: Ranks, gpu: Gpu, device: Any | None = None
 ) -> tuple[CompiledStep, str]:
-    """Compiles the step of a run for the devices of its ranks' mesh.
+    """Compiles the step of a run for the devices of its ranks' mesh, or for one device.
+
+    Args:
+        config: of the run.
+        model: the checkpoint's.
+        ranks: of the run, on devices of that kind.
+        gpu: the kind.
+        device: the one device, where the ranks have no mesh.
 
     Returns:
         The report, and the optimised program's text.
     """
-    assert ranks.mesh is not None
-    step, arguments = abstract_step(config, model, ranks)
+    assert ranks.mesh is not None or device is not None
+    step, arguments = abstract_step(config, model, ranks, device)
     began = time.perf_counter()
-    mesh = ranks.mesh.abstract_mesh
-    with compiling_for(gpu.device_kind), jax.sharding.use_abstract_mesh(mesh):
+    mesh = nullcontext() if ranks.mesh is None else use_abstract_mesh(ranks.mesh.abstract_mesh)
+    with compiling_for(gpu.device_kind), mesh:
         lowered = step.trace(*arguments).lower(lowering_platforms=("cuda",))
         middle = time.perf_counter()
         compiled = lowered.compile(compiler_options=compiler_options())

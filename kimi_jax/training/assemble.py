@@ -19,7 +19,7 @@ from kimi_jax.model.transformer import ModelDef, Transformer
 from kimi_jax.parallel.ranks import ONE_DEVICE, Ranks, make_ranks
 from kimi_jax.training.checkpoint import Checkpoints
 from kimi_jax.training.run_dir import check_base, read_config
-from kimi_jax.training.trainer import DTYPES
+from kimi_jax.training.structure import DTYPES
 from kimi_jax.weights.checkpoint import Checkpoint, open_checkpoint, resolve_checkpoint
 from kimi_jax.weights.export import ExportFormat, export_adapter
 from kimi_jax.weights.import_peft import read_peft
@@ -156,4 +156,5 @@ def load_run_adapters(
 def export_run(run: Path, out_dir: Path, format: ExportFormat) -> Path:
     """Exports the newest checkpoint of a run; see `kimi_jax.weights.export`."""
     _, checkpoint, plan, adapters = load_run_adapters(run)
-    return export_adapter(out_dir, checkpoint, plan, adapters, format)
+    export_adapter(out_dir, checkpoint, plan, adapters, format)
+    return out_dir

@@ -6,47 +6,55 @@ from typing import Any
 
 from rich.table import Table
 
-from kimi_jax.data.loader import held_out_batches
 from kimi_jax.errors import RunStopped
 from kimi_jax.training import run_dir
 from kimi_jax.training.session import Session
 
 
+def due(session: Session, step: int) -> list[str]:
+    """What is to be looked at after `step` updates, `eval` or `sample`, and is not in the record.
+
+    Both come at their intervals, first and last.
+    """
+    if session.data.held_out is None:
+        return []
+    settings, last = session.config.evaluate, session.config.train.steps
+    intervals = {"eval": settings.loss_every, "sample": settings.sample_every}
+    return [
+        kind
+        for kind, every in intervals.items()
+        if every is not None
+        and (step % every == 0 or step == last)
+        and not session.metrics.has(kind, step)
+    ]
+
+
 def look(session: Session) -> None:
-    """Held-out loss and sampled answers where they are due: at their intervals, first and last."""
-    step, settings = session.trainer.step, session.config.evaluate
-    if session.held_out is None or session.stop:
+    """Held-out loss and sampled answers where they are due. No step is in flight."""
+    if session.stop:
         return
-
-    def due(every: int | None, kind: str) -> bool:
-        if every is None or session.metrics.has(kind, step):
-            return False
-        return step % every == 0 or step == session.config.train.steps
-
-    if due(settings.loss_every, "eval"):
-        rows = session.config.train.micro_batch
-        batches = held_out_batches(
-            session.held_out, rows_per_batch=rows, pack=session.config.data.pack
-        )
-        loss = session.trainer.evaluate(list(batches))["loss"]
+    step = session.trainer.step
+    kinds = due(session, step)
+    if "eval" in kinds:
+        loss = session.trainer.evaluate(session.data.held_out_batches())["loss"]
         if not math.isfinite(loss):
             raise RunStopped(
                 f"the held-out loss after step {step} is {loss}; look at the rows of data.eval first"
             )
         session.metrics.write("eval", step, loss=loss)
         session.console.print(f"step {step} · held-out loss {loss:.4f}", highlight=False)
-    if due(settings.sample_every, "sample"):
+    if "sample" in kinds:
         _sample(session)
 
 
 def _sample(session: Session) -> None:
-    assert session.held_out is not None
-    step, settings = session.trainer.step, session.config.evaluate
-    chosen = range(min(settings.samples, len(session.held_out)))
-    prompts = [session.held_out.prompt(index) for index in chosen]
+    step, settings, held_out = session.trainer.step, session.config.evaluate, session.data.held_out
+    assert held_out is not None
+    chosen = range(min(settings.samples, len(held_out)))
+    prompts = [held_out.prompt(index) for index in chosen]
     answers = session.trainer.sample(prompts, settings.max_new_tokens)
     pairs = [
-        {"prompt": session.held_out.question(index), "answer": text}
+        {"prompt": held_out.question(index), "answer": text}
         for index, text in zip(chosen, answers, strict=True)
     ]
     values: dict[str, Any] = {"answers": pairs}

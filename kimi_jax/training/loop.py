@@ -2,12 +2,11 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,23 +19,18 @@ from rich.progress import (
 )
 
 from kimi_jax.config import RunConfig
-from kimi_jax.errors import RunStopped
 from kimi_jax.parallel import processes
 from kimi_jax.training import run_dir
 from kimi_jax.training.checkpoint import Checkpoints
 from kimi_jax.training.data import read_data
-from kimi_jax.training.evaluate import look
+from kimi_jax.training.evaluate import due, look
 from kimi_jax.training.lock import hold
 from kimi_jax.training.metrics import Metrics, plot_losses
-from kimi_jax.training.report import record_step, trainable_table
+from kimi_jax.training.report import trainable_table
 from kimi_jax.training.session import Session
-from kimi_jax.training.step import StepMetrics
-from kimi_jax.training.stop import Noted, stop_signals
+from kimi_jax.training.steps import Steps, save
+from kimi_jax.training.stop import stop_signals
 from kimi_jax.training.trainer import Trainer
-
-
-class NonFiniteError(RunStopped):
-    """The loss or the gradient was not finite; the batch is kept in a file that the message names."""
 
 
 def run(config: RunConfig, console: Console) -> None:
@@ -77,7 +71,7 @@ def run(config: RunConfig, console: Console) -> None:
         processes.wait_for_all("weights are imported")
         with Metrics(directory, trainer.step) as metrics:
             session = Session(
-                trainer, config, directory, data.held_out, batches, checkpoints, metrics, console
+                trainer, config, directory, data, batches, checkpoints, metrics, console
             )
             _run_steps(session)
     path = processes.on_first(lambda: str(plot_losses(directory)))
@@ -91,67 +85,38 @@ def run(config: RunConfig, console: Console) -> None:
 
 
 def _run_steps(session: Session) -> None:
-    trainer, settings = session.trainer, session.config.train
+    settings, every = session.config.train, session.config.train.checkpoint_every
     with stop_signals() as noted, _step_progress(session) as progress:
-        task = progress.add_task("training", total=settings.steps, completed=trainer.step)
+        steps = Steps(session)
+        task = progress.add_task("training", total=settings.steps, completed=steps.made)
         look(session)
-        while trainer.step < settings.steps and not _stopping(session, noted):
-            began = time.perf_counter()
-            before = session.batches.get_state()
-            batch = _next_batch(session)
-            rate = trainer.learning_rate()
-            metrics = trainer.train_step(batch)
-            if not bool(metrics.finite):
-                raise _not_finite(session, metrics, batch, before)
-            record_step(session, metrics, batch, rate, time.perf_counter() - began)
-            progress.update(task, completed=trainer.step)
-            last = trainer.step == settings.steps
-            if last or trainer.step % settings.checkpoint_every == 0:
-                _save(session, session.batches.get_state())
-            if not _stopping(session, noted):
-                look(session)
-        _save(session, session.batches.get_state())  # a signal may have come at any time
+        while steps.made < settings.steps and session.stop is None:
+            # Asked ahead of the step to come, answered behind it: no exchange waits for that step.
+            asked = noted.ask()
+            if steps.idle and _stopping(session, asked):
+                break
+            steps.dispatch()
+            saving = steps.made == settings.steps or steps.made % every == 0
+            if saving or due(session, steps.made):
+                steps.drain()
+                if saving:
+                    save(session, session.batches.get_state())
+                if not _stopping(session, noted.ask()):
+                    look(session)
+            else:
+                _stopping(session, asked)
+            progress.update(task, completed=steps.recorded)
+        steps.drain()
+        save(session, session.batches.get_state())  # a signal may have come at any time
         session.checkpoints.wait()
 
 
-def _stopping(session: Session, noted: Noted) -> bool:
+def _stopping(session: Session, asked: Callable[[], int]) -> bool:
     """Whether a signal has come to any process. All ask together, so that all stop after one step."""
-    number = processes.largest(noted.number)
+    number = asked()
     if number:
         session.stop = signal.Signals(number).name
     return number > 0
-
-
-def _save(session: Session, data_state: dict[str, Any]) -> None:
-    if session.trainer.step > (session.checkpoints.latest or 0):
-        session.checkpoints.save(session.trainer.state, data_state)
-
-
-def _next_batch(session: Session) -> dict[str, np.ndarray]:
-    """Micro-batches of one step, stacked: every field [accumulate, B, T]."""
-    micro = [next(session.batches) for _ in range(session.config.train.accumulate)]
-    return {key: np.stack([batch[key] for batch in micro]) for key in micro[0]}
-
-
-def _not_finite(
-    session: Session, metrics: StepMetrics, batch: dict[str, np.ndarray], before: dict[str, Any]
-) -> NonFiniteError:
-    """Keeps the batch, and the state before it with the data position before it."""
-    done = session.trainer.step
-    path = session.directory / f"nonfinite_step_{done + 1}.npz"
-    processes.on_first(lambda: np.savez_compressed(path, allow_pickle=False, **batch))
-    _save(session, before)
-    session.checkpoints.wait()
-    reason = (
-        "no token of its batch has a loss weight"
-        if float(metrics.weight_sum) == 0
-        else f"loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}"
-    )
-    kept = f"the adapters of step {done} are saved" if done else "no step was made before it"
-    return NonFiniteError(
-        f"step {done + 1} is not finite: {reason}. The batch is in {path}; {kept}. Look at the batch "
-        "first; then a smaller train.learning_rate, or model.dtype=float32, in a new run.dir may help."
-    )
 
 
 def _step_progress(session: Session) -> Progress:

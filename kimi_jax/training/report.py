@@ -8,7 +8,6 @@ from rich.table import Table
 
 from kimi_jax.lora import Adapter, AdapterPlan
 from kimi_jax.model.params import Weight
-from kimi_jax.parallel import processes
 from kimi_jax.training.flops import flops_per_token, model_flops_utilisation, peak_memory
 from kimi_jax.training.session import Session
 from kimi_jax.training.step import StepMetrics
@@ -67,15 +66,25 @@ def _describe(adapter: Adapter) -> str:
 
 def record_step(
     session: Session,
+    step: int,
     metrics: StepMetrics,
     batch: dict[str, np.ndarray],
     rate: float,
     seconds: float,
 ) -> None:
-    """Writes and prints the line of the step just made. Only real tokens, not padding, are counted."""
+    """Writes and prints the line of update number `step`. Real tokens are counted, padding is not.
+
+    Args:
+        session: of the run.
+        step: updates made with it; the trainer may be further by now.
+        metrics: on the host.
+        batch: its micro-batches.
+        rate: its learning rate.
+        seconds: that it took.
+    """
     trainer = session.trainer
     tokens = int((batch["segment_ids"] > 0).sum())
-    load = processes.to_host(metrics.expert_load).astype(np.float64)
+    load = np.asarray(metrics.expert_load, np.float64)
     memory, whose = peak_memory()
     devices = session.config.mesh.expert * session.config.mesh.data
     flops = flops_per_token(trainer.checkpoint.table, trainer.checkpoint.config)
@@ -93,10 +102,10 @@ def record_step(
         else None,
         "seconds": seconds,
     }
-    session.metrics.write("step", trainer.step, **line)
+    session.metrics.write("step", step, **line)
     mfu = f" · MFU (4N) {line['mfu_4n']:.1%}" if line["mfu_4n"] is not None else ""
     session.console.print(
-        f"step {trainer.step} · loss {line['loss']:.4f} · grad norm {line['grad_norm']:.3f} · "
+        f"step {step} · loss {line['loss']:.4f} · grad norm {line['grad_norm']:.3f} · "
         f"lr {rate:.2e} · {line['tokens_per_second']:,.0f} tokens/s{mfu} · "
         f"{memory / 2**30:.2f} GiB {whose} · load {line['expert_load_max_over_mean'] or 0:.1f}×",
         highlight=False,

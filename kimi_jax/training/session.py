@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 
 from kimi_jax.config import RunConfig
-from kimi_jax.data.examples import Examples
 from kimi_jax.data.loader import Batches
 from kimi_jax.training.checkpoint import Checkpoints
+from kimi_jax.training.data import RunData
 from kimi_jax.training.metrics import Metrics
 from kimi_jax.training.trainer import Trainer
 
@@ -20,7 +20,7 @@ class Session:
     trainer: Trainer
     config: RunConfig
     directory: Path
-    held_out: Examples | None
+    data: RunData
     batches: Batches
     checkpoints: Checkpoints
     metrics: Metrics

@@ -124,18 +124,21 @@ def no_gradients(config: ModelConfig, adapters: Mapping[str, Array]) -> Gradient
 
 def make_update(
     optimizer: optax.GradientTransformation,
-) -> Callable[[TrainState, Gradients], tuple[TrainState, StepMetrics]]:
-    """`(state, accumulated gradients) -> (state, metrics)`. Not jitted.
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """`(state, accumulated gradients, after=True) -> (state, metrics)`. Not jitted.
 
-    If the loss or the gradient is not finite, the state comes back as it was, to be looked at.
+    If the loss or the gradient is not finite, the state comes back as it was, to be looked at; so it
+    does if `after`, the `finite` of the update before, is false, and `finite` is then false too.
     """
 
-    def update(state: TrainState, gradients: Gradients) -> tuple[TrainState, StepMetrics]:
+    def update(
+        state: TrainState, gradients: Gradients, after: Array | bool = True
+    ) -> tuple[TrainState, StepMetrics]:
         terms = gradients.terms
         means = jax.tree.map(lambda g: g / terms.weight_sum, gradients.sums)
         grad_norm = optax.tree.norm(means)
         loss = terms.loss_sum / terms.weight_sum
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & after
         updates, opt_state = optimizer.update(means, state.opt_state, state.adapters)
         changed = TrainState(
             cast(Tree, optax.apply_updates(state.adapters, updates)), opt_state, state.step + 1
@@ -148,13 +151,17 @@ def make_update(
 
 def make_train_step(
     model_def: ModelDef, optimizer: optax.GradientTransformation, chunk: int
-) -> Callable[
-    [TrainState, Mapping[str, Array], Mapping[str, Array]], tuple[TrainState, StepMetrics]
-]:
-    """`(state, base, batch [micro-batches, B, T]) -> (state, metrics)`: jitted, the state donated."""
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """`(state, base, batch [micro-batches, B, T], after=True) -> (state, metrics)`: jitted.
+
+    The state is donated. `after` (bool scalar) is the `finite` of the step before, which need not be
+    known when this one is dispatched: a step behind one that was not finite changes nothing either.
+    """
     gradients, update = make_gradients(model_def, chunk), make_update(optimizer)
 
-    def step(state: TrainState, base: Any, batch: Any) -> tuple[TrainState, StepMetrics]:
-        return update(state, gradients(state.adapters, base, batch))
+    def step(
+        state: TrainState, base: Any, batch: Any, after: Array | bool = True
+    ) -> tuple[TrainState, StepMetrics]:
+        return update(state, gradients(state.adapters, base, batch), after)
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())

@@ -1,10 +1,12 @@
 """Leaving cleanly when the system asks for it."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from kimi_jax.parallel import processes
 
 
 @dataclass
@@ -13,10 +15,19 @@ class Noted:
 
     number: int = 0
 
+    def ask(self) -> Callable[[], int]:
+        """The largest of all processes' numbers, to be read later; all of them ask, in the same place.
+
+        Alone, what has come until it is read; of several, until they asked.
+        """
+        if processes.count() == 1:
+            return lambda: self.number
+        return processes.largest_soon(self.number)
+
 
 @contextmanager
 def stop_signals() -> Iterator[Noted]:
-    """Notes SIGTERM and Ctrl-C, for the loop to end after the step in hand.
+    """Notes SIGTERM and Ctrl-C, for the loop to end after the steps in flight.
 
     A second signal has its ordinary effect, at once.
     """

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -20,14 +19,15 @@ from kimi_jax.data.chat import Chat, Reply
 from kimi_jax.errors import UserError
 from kimi_jax.lora import init_adapters, plan_adapters
 from kimi_jax.model.decode import Sampling
-from kimi_jax.model.layer import ModelSettings
-from kimi_jax.model.transformer import ModelDef, Transformer
+from kimi_jax.model.transformer import Transformer
 from kimi_jax.parallel import processes
+from kimi_jax.parallel.ranks import REPLICATED
 from kimi_jax.training import run_dir
 from kimi_jax.training.answers import Prompt, answer
 from kimi_jax.training.batch import check_batch, check_length, check_rows
 from kimi_jax.training.checkpoint import Checkpoints
 from kimi_jax.training.data import RunData, read_data
+from kimi_jax.training.exporting import export_on_first
 from kimi_jax.training.lock import hold
 from kimi_jax.training.loss import mean_loss
 from kimi_jax.training.optimizer import learning_rates
@@ -35,13 +35,13 @@ from kimi_jax.training.own_rate import check_rate
 from kimi_jax.training.placing import place
 from kimi_jax.training.programs import Programs
 from kimi_jax.training.step import Gradients, StepMetrics, init_state
+from kimi_jax.training.structure import model_of
 from kimi_jax.weights.checkpoint import open_checkpoint, resolve_checkpoint
-from kimi_jax.weights.export import ExportFormat, export_adapter
+from kimi_jax.weights.export import AdapterFormat, ExportFormat, MergeFormat
 from kimi_jax.weights.export_peft import peft_parameters
 from kimi_jax.weights.load import load_base
+from kimi_jax.weights.merge_report import MergeReport
 from kimi_jax.weights.reader import fingerprint
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Trainer:
@@ -57,20 +57,11 @@ class Trainer:
             UserError: anything wrong in configuration or checkpoint, before a weight is read.
         """
         self.config = load_config(config)
-        model = self.config.model
-        self.checkpoint = open_checkpoint(resolve_checkpoint(model.checkpoint))
+        self.checkpoint = open_checkpoint(resolve_checkpoint(self.config.model.checkpoint))
         self.plan = plan_adapters(self.config.lora, self.checkpoint.table)
         check_length(self.config.train.sequence_length, self.checkpoint.config)
         self.ranks = place(self.config, self.checkpoint)
-        settings = ModelSettings(
-            DTYPES[model.dtype],
-            model.latent_norm_eps,
-            self.config.train.recompute,
-            tuple(self.config.train.keep),
-            self.ranks,
-            self.config.mesh.half_batches,
-        )
-        self.model_def = ModelDef(self.checkpoint.config, self.plan, settings)
+        self.model_def = model_of(self.config, self.checkpoint.config, self.ranks, self.plan)
         self._programs = Programs(self.model_def, self.config.train)
         self.reset()
 
@@ -174,10 +165,18 @@ class Trainer:
             "learning_rate": rate,
         }
 
-    def train_step(self, batch: Mapping[str, np.ndarray]) -> StepMetrics:
-        """A whole step in one program: batch arrays are [micro-batches, B, T]. See `forward_backward`."""
+    def train_step(
+        self, batch: Mapping[str, np.ndarray], after: StepMetrics | None = None
+    ) -> StepMetrics:
+        """A whole step in one program: batch arrays are [micro-batches, B, T]. See `forward_backward`.
+
+        It may still be running when this returns. If `after`, of the step before, turns out not to be
+        finite, this step is not either, and changes nothing.
+        """
         placed = self.ranks.put_batch(batch)
-        self.state, metrics = self._programs.train_step(self.state, self.base, placed)
+        # An array also where nothing is to be awaited: one program for both.
+        sound = self.ranks.put(np.bool_(True), REPLICATED) if after is None else after.finite
+        self.state, metrics = self._programs.train_step(self.state, self.base, placed, sound)
         return metrics
 
     def evaluate(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -258,16 +257,19 @@ class Trainer:
         self._saved_step = self.step
         return data_state
 
-    def export(self, out_dir: str | Path, format: ExportFormat = "peft") -> Path:
-        """Writes the adapters, or the base merged with them; see `python -m kimi_jax.export`."""
-        adapters = processes.to_host(self.state.adapters)
-        return Path(
-            processes.on_first(
-                lambda: str(
-                    export_adapter(Path(out_dir), self.checkpoint, self.plan, adapters, format)
-                )
-            )
-        )
+    @overload
+    def export(self, out_dir: str | Path, format: AdapterFormat = "peft") -> Path: ...
+
+    @overload
+    def export(self, out_dir: str | Path, format: MergeFormat) -> MergeReport: ...
+
+    def export(self, out_dir: str | Path, format: ExportFormat = "peft") -> Path | MergeReport:
+        """Writes the adapters, or the base merged with them; see `python -m kimi_jax.export`.
+
+        Returns the directory; of a merged base, a report with `directory`, and what of the adapters
+        survived rounding: for each of `projections` its `survival`.
+        """
+        return export_on_first(out_dir, self.checkpoint, self.plan, self.state.adapters, format)
 
     @cached_property
     def base_fingerprint(self) -> str:

@@ -7,10 +7,13 @@ from typing import Any, Literal, get_args
 from kimi_jax.errors import UserError
 from kimi_jax.lora import AdapterPlan
 from kimi_jax.weights.checkpoint import Checkpoint
-from kimi_jax.weights.export_hf import write_merged
+from kimi_jax.weights.export_hf import MergeFormat, write_merged
 from kimi_jax.weights.export_peft import write_peft
+from kimi_jax.weights.merge_report import MergeReport
 
-ExportFormat = Literal["peft", "peft-fused", "merged-int4", "merged-bf16"]
+AdapterFormat = Literal["peft", "peft-fused"]
+ExportFormat = AdapterFormat | MergeFormat
+FORMATS: tuple[str, ...] = (*get_args(AdapterFormat), *get_args(MergeFormat))
 
 
 def export_adapter(
@@ -19,8 +22,8 @@ def export_adapter(
     plan: AdapterPlan,
     adapters: Mapping[str, Any],
     format: ExportFormat,
-) -> Path:
-    """Writes `adapters` to a new directory.
+) -> MergeReport | None:
+    """Writes `adapters` to a new directory; of a merged checkpoint, says what became of them.
 
     Args:
         out_dir: must be absent or empty.
@@ -33,12 +36,10 @@ def export_adapter(
     Raises:
         UserError: a directory in use, an unknown format, or an adapter that the format cannot hold.
     """
-    if format not in get_args(ExportFormat):
-        raise UserError(
-            f"format is {format!r}; required: one of {', '.join(get_args(ExportFormat))}"
-        )
+    if format not in FORMATS:
+        raise UserError(f"format is {format!r}; required: one of {', '.join(FORMATS)}")
     if format in ("peft", "peft-fused"):
         write_peft(out_dir, plan, checkpoint.config, adapters, str(checkpoint.directory), format)
     else:
-        write_merged(out_dir, checkpoint, plan, adapters, format)
-    return out_dir
+        return write_merged(out_dir, checkpoint, plan, adapters, format)
+    return None

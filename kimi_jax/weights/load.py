@@ -25,10 +25,8 @@ from kimi_jax.errors import UserError
 from kimi_jax.int4 import words_to_int4
 from kimi_jax.model.layers import DTYPES
 from kimi_jax.model.layout import Leaf
-from kimi_jax.model.params import Weight
 from kimi_jax.parallel.ranks import ONE_DEVICE, REPLICATED, Ranks
 from kimi_jax.weights.checkpoint import Checkpoint
-from kimi_jax.weights.names import Part
 from kimi_jax.weights.pieces import Held, Piece, held_arrays, in_file_order
 from kimi_jax.weights.reader import DTYPES as FILE_DTYPES
 from kimi_jax.weights.reader import Entry, Files, open_files
@@ -38,9 +36,6 @@ PIECE_BYTES = 64 << 20  # of a buffer, if a single row is not larger
 AHEAD = 2  # readings for each reader that may wait, in device memory, for those before them
 
 _ALIGNED = 4096  # bytes, where a buffer begins
-
-# Where a part of a weight is held, below the weight's path.
-_LEAF: dict[Part, str] = {"value": "weight", "packed": "values", "scale": "scale"}
 
 
 class _Reading(NamedTuple):
@@ -104,13 +99,6 @@ def load_base(
                 base[path] = _place(base[path], _joined(piece, received), piece, ranks)
                 received = []
     return base
-
-
-def base_path(weight: Weight, part: Part) -> str:
-    """Path of a part of a weight in the base tree, as the module tree has it."""
-    if weight.role in ("embedding", "router"):
-        return weight.path
-    return f"{weight.path}.{_LEAF[part]}"
 
 
 def _send(files: Files, free: "SimpleQueue[np.ndarray]", reading: _Reading) -> list[Array]:

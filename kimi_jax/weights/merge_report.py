@@ -1,7 +1,9 @@
 """What a merged export did: how much of each projection's intended change survived rounding."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -45,6 +47,25 @@ class MergeReport:
         """Whether changes were intended and none of them is left: what remains is the base and noise."""
         changed = [p.survival.fidelity for p in self.projections if p.changed]
         return bool(changed) and max(changed) < NOTHING
+
+    def as_json(self) -> dict[str, Any]:
+        """As values that JSON can hold; `report_of` reads them."""
+        return {**asdict(self), "directory": str(self.directory)}
+
+
+def report_of(values: Mapping[str, Any]) -> MergeReport:
+    """The report that `MergeReport.as_json` gave, also after a way through JSON."""
+    projections = tuple(
+        ProjectionReport(p["path"], p["changed"], p["tensors"], Survival(*p["survival"]))
+        for p in values["projections"]
+    )
+    return MergeReport(
+        Path(values["directory"]),
+        values["format"],
+        values["bytes"],
+        projections,
+        tuple(values["left_out"]),
+    )
 
 
 def print_report(report: MergeReport, console: Console | None = None) -> None:

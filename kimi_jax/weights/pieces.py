@@ -150,7 +150,7 @@ def _held(
     weight, spec = array.weight, array.spec
     rows_at = 1 if weight.stack else 0
     assert all(axis is None for n, axis in enumerate(spec) if n != rows_at), "only rows are spread"
-    local = local_shape(array.path, array.shape, spec, {"expert": ranks.expert})
+    local = local_shape(array.path, array.shape, spec, ranks.mesh_shape)
     sharding = ranks.sharding(spec)
     parts: dict[int, list[Any]] = {}
     if sharding is None:

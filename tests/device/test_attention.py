@@ -1,25 +1,19 @@
 """The Hopper attention implementations against fp32, on a GPU.
 
-Not run by CI, which has none. On a machine with a Hopper GPU: `pytest tests/device`, or without
-pytest `python tests/device/test_attention.py`.
+Not run by CI, which has none. On a machine with a Hopper GPU: `pytest tests/device`.
 """
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
+import pytest
 
 from kimi_jax.kernels.mla_attention import cudnn, mosaic, reference
+from tests.device import needs
 
-try:
-    import pytest
-except ImportError:  # run as a script
-    pytest = None
+pytestmark = needs.a_hopper_gpu
 
 HEADS, KEY, VALUE, SCALE, TOLERANCE = 4, 192, 128, 0.1, 6e-3
 # Lengths of segments, those of padding negative; the rest of a row is padding. As few shapes as
@@ -71,7 +65,8 @@ def with_gradients(name, q, k, v, d_out, ids):
     return out, *pullback(d_out)
 
 
-def run_case(name, rows):
+@pytest.mark.parametrize(("name", "rows"), CASES)
+def test_output_and_gradients(name, rows):
     """Output and gradients at real tokens; padding is finite and gets and gives no gradient."""
     ids = segment_ids(ROWS[rows])
     values = operands(ids)
@@ -90,44 +85,11 @@ def run_case(name, rows):
             assert not bool(jnp.where(real, 0, value).any()), f"{part} of padding"
 
 
-def run_same_bits(name):
+@pytest.mark.parametrize("name", ["cudnn, same bits", "pallas"])
+def test_same_bits(name):
     """Twice the same bits: sums have a fixed order."""
     ids = jnp.ones((2, LENGTH), jnp.int32)
     values = operands(ids)
     first, second = (with_gradients(name, *values, ids) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert bool((a == b).all())
-
-
-SAME_BITS = ("cudnn, same bits", "pallas")
-
-if pytest is not None:
-    on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-
-    @on_gpu
-    @pytest.mark.parametrize(("name", "rows"), CASES)
-    def test_output_and_gradients(name, rows):
-        run_case(name, rows)
-
-    @on_gpu
-    @pytest.mark.parametrize("name", SAME_BITS)
-    def test_same_bits(name):
-        run_same_bits(name)
-
-
-def main():
-    failures = 0
-    runs = [(", ".join(case), partial(run_case, *case)) for case in CASES]
-    runs += [(f"{name} twice", partial(run_same_bits, name)) for name in SAME_BITS]
-    for name, run in runs:
-        try:
-            run()
-            print("passed:", name, flush=True)
-        except Exception as error:
-            failures += 1
-            print("FAILED:", name, "|", type(error).__name__, str(error)[:300], flush=True)
-    raise SystemExit(failures)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,24 +1,16 @@
 """Head and cross-entropy in bf16 at K2's width against fp32, on a GPU.
 
-Not run by CI, which has none. On a machine with a Hopper GPU: `pytest tests/device`, or without
-pytest `python tests/device/test_cross_entropy.py`.
+Not run by CI, which has none. On a machine with a Hopper GPU: `pytest tests/device`.
 """
-
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from kimi_jax.kernels.linear_cross_entropy import fused, reference
 from kimi_jax.kernels.types import LinearAdapter
+from tests.device import needs
 
-try:
-    import pytest
-except ImportError:  # run as a script
-    pytest = None
+pytestmark = needs.a_hopper_gpu
 
 TOKENS, WIDTH, VOCABULARY, RANK, SCALE, TOLERANCE = 700, 7168, 163840, 8, 2.0, 6e-3
 
@@ -28,7 +20,7 @@ def relative_error(found, wanted):
     return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
 
 
-def run():
+def test_loss_and_gradients():
     """Loss and gradients, the head adapted; the last chunk is not full."""
     keys = jax.random.split(jax.random.key(0), 6)
     hidden = jax.random.normal(keys[0], (TOKENS, WIDTH), jnp.bfloat16)
@@ -53,15 +45,3 @@ def run():
     assert abs(float(loss / wanted) - 1) < 1e-4
     for name, value, want in zip(("hidden", "a", "b"), gradients, wanted_gradients, strict=True):
         assert (error := relative_error(value, want)) <= TOLERANCE, (name, error)
-
-
-if pytest is not None:
-
-    @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-    def test_loss_and_gradients():
-        run()
-
-
-if __name__ == "__main__":
-    run()
-    print("passed")

@@ -1,18 +1,14 @@
 """The grouped matmul's Hopper kernels against fp32 on dequantised weights, on a GPU.
 
-Not run by CI, which has none. On a machine with a Hopper GPU: `pytest tests/device`, or without
-pytest `python tests/device/test_grouped_matmul.py`.
+Not run by CI, which has none. On a machine with a Hopper GPU: `pytest tests/device`.
 """
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
+import pytest
 
 from kimi_jax.int4 import dequantise
 from kimi_jax.kernels import api
@@ -20,11 +16,9 @@ from kimi_jax.kernels.grouped_matmul import mosaic
 from kimi_jax.kernels.grouped_matmul.choice import choose
 from kimi_jax.kernels.grouped_matmul.mosaic_body import Tuning
 from kimi_jax.kernels.types import GroupedAdapter, PackedWeight
+from tests.device import needs
 
-try:
-    import pytest
-except ImportError:  # run as a script
-    pytest = None
+pytestmark = needs.a_hopper_gpu
 
 GROUPS, OUT, IN, SCALE, TOLERANCE = 6, 512, 768, 2.0, 4e-3
 SIZES = {
@@ -130,16 +124,17 @@ CASES = (
 )
 
 
-def run_case(tuning, adapter, sizes):
+@pytest.mark.parametrize(("tuning", "adapter", "sizes"), CASES)
+def test_product_and_gradients(tuning, adapter, sizes):
     check(TUNINGS[tuning], ADAPTERS[adapter], SIZES[sizes])
 
 
-def run_layer():
+def test_layer_of_a_stack():
     """A stacked weight is read at its layer; fails if the layer's offset is lost."""
     check(mosaic.MANY_ROWS, None, SIZES["not multiples of a tile"], layers=(3,), layer=2)
 
 
-def run_one_row():
+def test_one_row():
     """Fewer rows than any tile, and rows that no copy may write beyond."""
     for tuning in (mosaic.FEW_ROWS, None):
         check(tuning, None, [0, 0, 0, 1, 0, 0], layers=(2,), layer=1)
@@ -149,7 +144,9 @@ K2_SHAPES = {"gate and up": (7168, 4096), "down": (2048, 7168)}
 K2_ROWS = {"many rows": [700, 0, 33, 350], "few rows": [3, 0, 1, 17]}
 
 
-def run_k2(shape, rows):
+@pytest.mark.parametrize("rows", K2_ROWS)
+@pytest.mark.parametrize("shape", K2_SHAPES)
+def test_k2_shapes(shape, rows):
     """K2's widths, by what `auto` chooses, which must be the packed kernel."""
     width, out = K2_SHAPES[shape]
     sizes = jnp.array(K2_ROWS[rows], jnp.int32)
@@ -173,44 +170,3 @@ def run_k2(shape, rows):
                 difference = jnp.linalg.norm(found[mine].astype(jnp.float32) - wanted)
                 assert difference <= TOLERANCE * jnp.linalg.norm(wanted), (group, difference)
             start += size
-
-
-if pytest is not None:
-    on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-
-    @on_gpu
-    @pytest.mark.parametrize(("tuning", "adapter", "sizes"), CASES)
-    def test_product_and_gradients(tuning, adapter, sizes):
-        run_case(tuning, adapter, sizes)
-
-    @on_gpu
-    def test_layer_of_a_stack():
-        run_layer()
-
-    @on_gpu
-    @pytest.mark.parametrize("rows", K2_ROWS)
-    @pytest.mark.parametrize("shape", K2_SHAPES)
-    def test_k2_shapes(shape, rows):
-        run_k2(shape, rows)
-
-    @on_gpu
-    def test_one_row():
-        run_one_row()
-
-
-def main():
-    failures = 0
-    runs = [(", ".join(case), partial(run_case, *case)) for case in CASES]
-    runs += [(f"K2, {s}, {r}", partial(run_k2, s, r)) for s in K2_SHAPES for r in K2_ROWS]
-    for name, run in [*runs, ("layer of a stack", run_layer), ("one row", run_one_row)]:
-        try:
-            run()
-            print("passed:", name, flush=True)
-        except Exception as error:
-            failures += 1
-            print("FAILED:", name, "|", type(error).__name__, str(error)[:300], flush=True)
-    raise SystemExit(failures)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,24 +1,16 @@
 """The Hopper kernels that move tokens against gathers, at K2's width, on a GPU.
 
-Not run by CI, which has none. On a machine with a Hopper GPU: `pytest tests/device`, or without
-pytest `python tests/device/test_token_movement.py`.
+Not run by CI, which has none. On a machine with a Hopper GPU: `pytest tests/device`.
 """
-
-import sys
-from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
+import pytest
 
 from kimi_jax.kernels import token_movement as movement
+from tests.device import needs
 
-try:
-    import pytest
-except ImportError:  # run as a script
-    pytest = None
+pytestmark = needs.a_hopper_gpu
 
 WIDTH, K = 7168, 8
 IMPLEMENTATIONS = ("gather", "pallas")
@@ -37,7 +29,8 @@ def draw(tokens, experts):
     return x, jax.lax.top_k(scores, K)[1].astype(jnp.int32)
 
 
-def run_windows(case):
+@pytest.mark.parametrize("case", CASES)
+def test_windows(case):
     """Every window, until one that is empty: the same bits as by gathers, also the derivatives."""
     tokens, experts, here, capacity = CASES[case]
     x, chosen = draw(tokens, experts)
@@ -63,9 +56,9 @@ def run_windows(case):
             assert bool((gathered == moved).all())
 
 
-def run_full(case):
+def test_full():
     """`dispatch` and the derivative of `combine`."""
-    tokens, experts, _, _ = CASES[case]
+    tokens, experts, _, _ = CASES["everything"]
     x, chosen = draw(tokens, experts)
     order = movement.sort_by_expert(chosen, experts)
     dispatch = jax.jit(movement.dispatch, static_argnums=(2, 3))
@@ -74,33 +67,3 @@ def run_full(case):
     for impl in IMPLEMENTATIONS:
         _, pullback = jax.vjp(lambda y, impl=impl: movement.combine(y, order, K, impl), sent[0])
         assert bool((pullback(x)[0] == sent[0]).all())
-
-
-if pytest is not None:
-    on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-
-    @on_gpu
-    @pytest.mark.parametrize("case", CASES)
-    def test_windows(case):
-        run_windows(case)
-
-    @on_gpu
-    def test_full():
-        run_full("everything")
-
-
-def main():
-    failures = 0
-    runs = [(case, partial(run_windows, case)) for case in CASES]
-    for name, run in [*runs, ("full", partial(run_full, "everything"))]:
-        try:
-            run()
-            print("passed:", name, flush=True)
-        except Exception as error:
-            failures += 1
-            print("FAILED:", name, "|", type(error).__name__, str(error)[:300], flush=True)
-    raise SystemExit(failures)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,15 +11,15 @@ from kimi_jax.config_file import load_config
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.params import Weight, weight_table
 from kimi_jax.model.transformer import ModelDef
-from kimi_jax.parallel.ranks import Ranks
+from kimi_jax.parallel.ranks import Ranks, abstract_ranks
 from kimi_jax.parallel.sharding import local_shape
-from kimi_jax.planning.arrays import mesh_shape
 from kimi_jax.planning.compiled import CompiledStep
 from kimi_jax.planning.gpus import DEFAULT, Gpu, find_gpu, known_gpus
-from kimi_jax.planning.memory import MemoryPlan, abstract_ranks, plan_sizing, sizing_of
-from kimi_jax.training.absent import model_of, report_of
+from kimi_jax.planning.memory import MemoryPlan, plan_sizing, sizing_of
+from kimi_jax.training.absent import report_of
 from kimi_jax.training.optimizer import make_optimizer
 from kimi_jax.training.step import TrainState, init_state, make_train_step
+from kimi_jax.training.structure import model_of
 from tools.random_base import random_base
 
 
@@ -65,7 +65,7 @@ class Rank:
 
 def make_rank(config: RunConfig, model: ModelConfig) -> Rank:
     """The rank of a run's configuration that this device plays."""
-    ranks = abstract_ranks(config)
+    ranks = abstract_ranks(config.mesh)
     return Rank(config, model, model_of(config, model, ranks), ranks, weight_table(model))
 
 
@@ -80,7 +80,7 @@ def with_rows(config: RunConfig, length: int, tokens: int) -> RunConfig:
 
 def make_state(rank: Rank) -> TrainState:
     """This rank's factors, A small and B zero, and an optimizer that has made no update."""
-    shapes = mesh_shape(rank.ranks)
+    shapes = rank.ranks.mesh_shape
 
     def adapters() -> dict[str, Any]:
         made = {}

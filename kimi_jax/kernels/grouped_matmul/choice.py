@@ -1,19 +1,17 @@
 """What `impl="auto"` means for the grouped matmul: by the device, the operands and measurements."""
 
 import logging
-from functools import cache
 from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kimi_jax.kernels.grouped_matmul.measured import MILLISECONDS
-from kimi_jax.kernels.target import device_kind
+from kimi_jax.kernels.say import say_once, takes_kernels
 from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, PackedWeight
 
 _log = logging.getLogger(__name__)
 
-HOPPER = frozenset({"H100", "H200", "GH200", "H800", "H20"})
 SLOW = "the reference, which is many times slower than a Hopper GPU's own"
 
 
@@ -26,41 +24,26 @@ def choose(
     the reference; on a GPU it is named in a warning, with the reason. Each choice is logged once per
     process and kind of operands.
     """
-    kind = device_kind()
     values = weight.values if isinstance(weight, PackedWeight) else weight
     groups, out, width_in = values.shape[-3:]
     rows = x_AI.shape[0] / groups
     case = f"grouped matmul, {groups} x {width_in} -> {out}, {jnp.dtype(x_AI.dtype).name} rows"
-    if kind.casefold() == "cpu":
-        _say(logging.DEBUG, f"{case}: the reference, on a CPU")
-        return "reference"
-    if reasons := _reasons_against(kind, x_AI, weight, adapter):
-        _say(logging.WARNING, f"{case}: {SLOW}, because {'; '.join(reasons)}")
+
+    def problems() -> list[str]:
+        # Imported for a Hopper GPU only: it brings in Mosaic GPU.
+        from kimi_jax.kernels.grouped_matmul.mosaic import problems_of
+
+        return problems_of(x_AI, weight, adapter)
+
+    if not takes_kernels(_log, case, SLOW, problems):
         return "reference"
     nearest = _nearest(rows)
     chosen = min(MILLISECONDS, key=lambda name: MILLISECONDS[name][nearest])
-    _say(logging.INFO, f"{case}: {chosen}, as measured at {nearest} rows a group")
+    say_once(_log, logging.INFO, f"{case}: {chosen}, as measured at {nearest} rows a group")
     return chosen
-
-
-def _reasons_against(
-    kind: str, x_AI: Array, weight: GroupedWeight, adapter: GroupedAdapter | None
-) -> list[str]:
-    if not HOPPER & set(kind.replace("-", " ").split()):
-        return [f"{kind} is not a Hopper GPU"]
-    # Imported for such a GPU only: it brings in Mosaic GPU.
-    from kimi_jax.kernels.grouped_matmul.mosaic import problems_of
-
-    return problems_of(x_AI, weight, adapter)
 
 
 def _nearest(rows: float) -> int:
     """The measured number of rows a group that is nearest by ratio."""
     counts = MILLISECONDS["pallas"]
     return min(counts, key=lambda count: max(count, rows) / max(min(count, rows), 1e-9))
-
-
-@cache
-def _say(level: int, message: str) -> None:
-    """Once per process."""
-    _log.log(level, message)

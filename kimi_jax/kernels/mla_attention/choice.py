@@ -1,15 +1,15 @@
 """What `impl="auto"` means for attention: by the device and the operands."""
 
 import logging
-from functools import cache
 from typing import Literal
 
 from jaxtyping import Array, Float
 
-from kimi_jax.kernels.hopper import on_hopper
-from kimi_jax.kernels.target import device_kind
+from kimi_jax.kernels.say import say_once, takes_kernels
 
 _log = logging.getLogger(__name__)
+
+SLOW = "the reference, with every score in memory"
 
 
 def choose(
@@ -21,25 +21,16 @@ def choose(
     choice is logged once per process and kind of operands, as a warning where the reference, which
     holds every score in memory, runs on a GPU.
     """
-    kind = device_kind()
     case = f"attention, {q_BTNH.dtype} heads {q_BTNH.shape[-1]} and {v_BTNU.shape[-1]} wide"
-    if kind.casefold() == "cpu":
-        _say(logging.DEBUG, f"{case}: the reference, on a CPU")
-        return "reference"
-    problem = f"{kind} is not a Hopper GPU"
-    if on_hopper():
-        # Imported for such a GPU only: it brings in Mosaic GPU.
+
+    def problems() -> list[str]:
+        # Imported for a Hopper GPU only: it brings in Mosaic GPU.
         from kimi_jax.kernels.mla_attention.mosaic import problem_of
 
         problem = problem_of(q_BTNH, v_BTNU)
-        if problem is None:
-            _say(logging.INFO, f"{case}: pallas")
-            return "pallas"
-    _say(logging.WARNING, f"{case}: the reference, with every score in memory, because {problem}")
-    return "reference"
+        return [] if problem is None else [problem]
 
-
-@cache
-def _say(level: int, message: str) -> None:
-    """Once per process."""
-    _log.log(level, message)
+    if not takes_kernels(_log, case, SLOW, problems):
+        return "reference"
+    say_once(_log, logging.INFO, f"{case}: pallas")
+    return "pallas"

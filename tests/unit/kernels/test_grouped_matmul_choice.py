@@ -8,6 +8,7 @@ import pytest
 from kimi_jax.kernels import api
 from kimi_jax.kernels.grouped_matmul import choice, mosaic
 from kimi_jax.kernels.grouped_matmul.measured import MILLISECONDS
+from kimi_jax.kernels.say import say_once
 from kimi_jax.kernels.target import compiling_for
 from kimi_jax.kernels.types import GroupedAdapter, PackedWeight
 
@@ -16,7 +17,7 @@ GROUPS, SIZE = 2, 256
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    choice._say.cache_clear()
+    say_once.cache_clear()
 
 
 def operands(dtype=jnp.bfloat16, size=SIZE, rows=4):

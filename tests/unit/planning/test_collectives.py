@@ -10,10 +10,10 @@ from kimi_jax.config_file import load_config
 from kimi_jax.model.config import parse_model_config
 from kimi_jax.model.layout import base_arrays
 from kimi_jax.model.params import weight_table
+from kimi_jax.parallel.ranks import make_ranks
 from kimi_jax.parallel.sharding import local_shape
-from kimi_jax.planning.arrays import mesh_shape
 from kimi_jax.planning.hlo import collectives, results
-from kimi_jax.training.absent import abstract_step, ranks_on
+from kimi_jax.training.absent import abstract_step
 from tests.unit.support import tiny_config, tiny_run
 
 RANKS, LENGTH, CHUNK, RANK = 8, 20, 8, 3
@@ -66,7 +66,7 @@ def step(tmp_path_factory):
     changes |= {"train__sequence_length": LENGTH, "train__loss_chunk": CHUNK}
     config = load_config(tiny_run(tmp_path_factory.mktemp("run"), "none", **changes))
     model = parse_model_config(tiny_config(**SIZES))
-    ranks = ranks_on(config, jax.devices()[:RANKS])
+    ranks = make_ranks(config.mesh, jax.devices()[:RANKS])
     function, arguments = abstract_step(config, model, ranks)
     quickly = {"xla_backend_optimization_level": 0}
     return model, ranks, function.lower(*arguments).compile(compiler_options=quickly).as_text()
@@ -98,7 +98,7 @@ def test_no_gradient_of_a_base_weight(step, exchanges):
     matrices = set()
     for array in base_arrays(weight_table(model), ranks).values():
         if len(array.weight.shape) > 1:
-            local = local_shape(array.path, array.shape, array.spec, mesh_shape(ranks))
+            local = local_shape(array.path, array.shape, array.spec, ranks.mesh_shape)
             for shape in (array.shape, local):
                 matrices |= {shape, shape[1:]} if array.weight.stack else {shape}
     assert exchanges["all-reduce"] & matrices == set()

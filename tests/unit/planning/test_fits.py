@@ -3,8 +3,8 @@
 import pytest
 
 from kimi_jax.errors import UserError
+from kimi_jax.parallel.ranks import abstract_ranks
 from kimi_jax.planning import check_fits, device_memory, plan
-from kimi_jax.planning.memory import abstract_ranks
 
 GIB = 2**30
 
@@ -19,13 +19,13 @@ class Device:
 
 def refusal(config, model, memory):
     with pytest.raises(UserError) as caught:
-        check_fits(config, model, abstract_ranks(config), memory)
+        check_fits(config, model, abstract_ranks(config.mesh), memory)
     return str(caught.value)
 
 
 def test_a_run_that_fits(on_eight, model):
     config = on_eight()
-    check_fits(config, model, abstract_ranks(config), plan(config).program)
+    check_fits(config, model, abstract_ranks(config.mesh), plan(config).program)
 
 
 def test_a_batch_too_large(on_eight, model):
@@ -36,7 +36,7 @@ def test_a_batch_too_large(on_eight, model):
     assert "train.micro_batch=" in message
     found = int(message.split("train.micro_batch=")[1].split(" ")[0])
     smaller = on_eight(f"train.micro_batch={found}")
-    check_fits(smaller, model, abstract_ranks(smaller), 130 * GIB)
+    check_fits(smaller, model, abstract_ranks(smaller.mesh), 130 * GIB)
 
 
 def test_what_is_offered(on_eight, model):
@@ -55,7 +55,7 @@ def test_what_is_offered(on_eight, model):
 
 def test_on_cpus_what_stands_is_compared_with_the_machine(on_eight, model, monkeypatch):
     config = on_eight()
-    ranks = abstract_ranks(config)
+    ranks = abstract_ranks(config.mesh)
     kinds = ("weights", "training")
     standing = sum(item.bytes for item in plan(config).items if item.kind in kinds)
     monkeypatch.setattr("kimi_jax.planning.fits.host_memory", lambda: standing)

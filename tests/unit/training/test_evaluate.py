@@ -10,6 +10,7 @@ from kimi_jax.data.loader import Batches
 from kimi_jax.data.rows import JsonlRows
 from kimi_jax.errors import RunStopped
 from kimi_jax.training.checkpoint import Checkpoints
+from kimi_jax.training.data import RunData
 from kimi_jax.training.evaluate import look
 from kimi_jax.training.metrics import Metrics, read_metrics
 from kimi_jax.training.session import Session
@@ -36,7 +37,8 @@ def session(trainer, tiny, tmp_path, monkeypatch):
     console = Console(quiet=True)
     with Checkpoints(tmp_path) as checkpoints, Metrics(tmp_path, 0) as metrics:
         batches = Batches(examples, rows_per_batch=2, seed=0)
-        yield Session(trainer, config, tmp_path, examples, batches, checkpoints, metrics, console)
+        data = RunData(config, examples, examples)
+        yield Session(trainer, config, tmp_path, data, batches, checkpoints, metrics, console)
     assert all(number > 0 for number in evaluated)
 
 

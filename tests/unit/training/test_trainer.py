@@ -1,11 +1,14 @@
 """The Python interface: forward_backward, gradients, optim_step, sample, save, export, evaluate."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 import kimi_jax
 from kimi_jax import Trainer, UserError
+from kimi_jax.weights.merge_report import report_of
 from tests.unit.support import VOCAB, tiny_run, write_rows
 from tests.unit.training.conftest import set_adapters
 
@@ -297,3 +300,12 @@ def test_exported_adapters_give_the_same_logits(noisy, tiny, tmp_path):
     np.testing.assert_array_equal(np.asarray(model(tokens)), logits)
     with pytest.raises(UserError, match="not empty; nothing in it was touched"):
         noisy.export(out)
+
+
+def test_a_merged_export_says_what_survived(noisy, tmp_path):
+    """Guards a report that is lost, or that other processes than the first get in another form."""
+    report = noisy.export(tmp_path / "merged", format="merged-bf16")
+    assert report.directory == tmp_path / "merged"
+    assert {projection.path for projection in report.projections} == set(noisy.plan)
+    assert all(projection.survival.fidelity > 0.5 for projection in report.projections)
+    assert report_of(json.loads(json.dumps(report.as_json()))) == report

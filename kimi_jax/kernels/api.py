@@ -75,10 +75,10 @@ def grouped_matmul(
     return grouped_reference.grouped_matmul(x_AI, weight, group_sizes_E, adapter, layer)
 
 
-def attention(
+def latent_attention(
     q_BTNH: Float[Array, "B T N qk"],
-    k_BTNH: Float[Array, "B T N qk"],
-    v_BTNU: Float[Array, "B T N U"],
+    kv_BTNH: Float[Array, "B T N kv"],
+    rope_key_BTR: Float[Array, "B T R"],
     segment_ids_BT: Int[Array, "B T"],
     scale: float,
     impl: AttentionImplementation = "auto",
@@ -86,13 +86,15 @@ def attention(
 ) -> Float[Array, "B T N U"]:
     """softmax(q · kᵀ · scale) · v over the keys at or before the query in the same segment.
 
+    Operands are as multi-head latent attention has them, so that nothing is copied together: a
+    head's own part of its keys beside its values, and the rotated part, which the heads share.
     Segment 0 is padding: it changes nothing for others, and what it puts out is finite and means
     nothing. With `cudnn` and `pallas` no gradient flows back from it.
 
     Args:
-        q_BTNH: queries, `qk` = nope + rope wide.
-        k_BTNH: keys.
-        v_BTNU: values, which may be narrower.
+        q_BTNH: queries, `qk` = nope + rope wide, the rotated part last.
+        kv_BTNH: what `kv_b_proj` gives: nope of keys, then values; `kv` = nope + values' width.
+        rope_key_BTR: the rotated part of the keys.
         segment_ids_BT: int32; tokens see only tokens of their own segment (and row).
         scale: of the scores, YaRN's multiplier included.
         impl: `reference`; on Hopper GPUs `cudnn`, for bf16 rows of one segment, or `pallas`, for
@@ -104,13 +106,14 @@ def attention(
         UserError: an unknown implementation, or operands that the named one does not take.
     """
     _check(impl, AttentionImplementation)
+    operands = q_BTNH, kv_BTNH, rope_key_BTR
     if impl == "auto":
-        impl = choose_attention(q_BTNH, v_BTNU)
+        impl = choose_attention(*operands)
     # Imported when they are asked for, as above.
     if impl == "pallas":
         from kimi_jax.kernels.mla_attention import mosaic
 
-        return mosaic.attention(q_BTNH, k_BTNH, v_BTNU, segment_ids_BT, scale)
+        return mosaic.attention(*operands, segment_ids_BT, scale)
     if impl == "cudnn":
         if packed:
             raise UserError(
@@ -119,8 +122,8 @@ def attention(
             )
         from kimi_jax.kernels.mla_attention import cudnn
 
-        return cudnn.attention(q_BTNH, k_BTNH, v_BTNU, segment_ids_BT, scale)
-    return attention_reference.attention(q_BTNH, k_BTNH, v_BTNU, segment_ids_BT, scale)
+        return cudnn.attention(*operands, segment_ids_BT, scale)
+    return attention_reference.attention(*operands, segment_ids_BT, scale)
 
 
 def linear_cross_entropy(

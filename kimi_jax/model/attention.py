@@ -60,17 +60,11 @@ class LatentAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Causal attention within segments, keys and values expanded for every head."""
         config = self.config
-        q_nope, q_rope = self.queries(x_BTD, positions_BT)
-        latent, rope_key = self.latents(x_BTD, positions_BT)
-        heads = self.kv_b_proj(latent).reshape(*latent.shape[:2], config.num_attention_heads, -1)
-        k_nope, v_BTNU = jnp.split(heads, [config.qk_nope_head_dim], axis=-1)
-        k_rope = jnp.broadcast_to(rope_key[:, :, None], q_rope.shape)
-        out_BTNU = kernels.attention(
-            jnp.concatenate([q_nope, q_rope], axis=-1),
-            jnp.concatenate([k_nope, k_rope], axis=-1),
-            v_BTNU,
-            segment_ids_BT,
-            config.softmax_scale,
+        q_BTNH = self._whole_queries(x_BTD, positions_BT)
+        latent, rope_key_BTR = self.latents(x_BTD, positions_BT)
+        kv_BTNH = self.kv_b_proj(latent).reshape(*q_BTNH.shape[:3], -1)
+        out_BTNU = kernels.latent_attention(
+            q_BTNH, kv_BTNH, rope_key_BTR, segment_ids_BT, config.softmax_scale
         )
         return self.o_proj(out_BTNU.reshape(*x_BTD.shape[:2], -1))
 
@@ -117,6 +111,12 @@ class LatentAttention(nnx.Module):
 
     def queries(self, x_BTD: Array, positions_BT: Array) -> tuple[Array, Array]:
         """Queries of every head, [B, T, N, H] and the rotated [B, T, N, R]."""
+        q = self._whole_queries(x_BTD, positions_BT)
+        q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
+        return q_nope, q_rope
+
+    def _whole_queries(self, x_BTD: Array, positions_BT: Array) -> Array:
+        """Queries of every head, [B, T, N, H + R], of which the last part is rotated."""
         config = self.config
         if config.q_lora_rank is None:
             q = self.q_proj(x_BTD)
@@ -124,8 +124,7 @@ class LatentAttention(nnx.Module):
             q_latent = checkpoint_name(self.q_a_proj(x_BTD), LATENT)
             q = self.q_b_proj(self.q_a_layernorm(q_latent))
         q = q.reshape(*x_BTD.shape[:2], config.num_attention_heads, config.qk_head_dim)
-        q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
-        return q_nope, rotate(q_rope, positions_BT, config)
+        return rotate(q, positions_BT, config)
 
     def latents(self, x_BTD: Array, positions_BT: Array) -> tuple[Array, Array]:
         """The normed latent [B, T, C] and the rotated shared key [B, T, R]."""

@@ -39,18 +39,26 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rotate(
-    x: Float[Array, "B T N R"], positions_BT: Int[Array, "B T"], config: ModelConfig
-) -> Float[Array, "B T N R"]:
-    """Rotates each pair by position · frequency; angles and products in fp32."""
+    x: Float[Array, "B T N width"], positions_BT: Int[Array, "B T"], config: ModelConfig
+) -> Float[Array, "B T N width"]:
+    """Rotates each pair of the last R columns by position · frequency; angles and products in fp32.
+
+    Columns before them stay as they are. All is one elementwise pass over x, and one over its gradient.
+    """
     angle = positions_BT[..., None].astype(jnp.float32) * frequencies(config)
     multiplier = 1.0
     if config.yarn is not None:
         multiplier = yarn_multiplier(config.yarn.factor, config.yarn.mscale) / yarn_multiplier(
             config.yarn.factor, config.yarn.mscale_all_dim
         )
-    cos = (jnp.cos(angle) * multiplier)[:, :, None]
-    sin = (jnp.sin(angle) * multiplier)[:, :, None]
-    even = x[..., 0::2].astype(jnp.float32)
-    odd = x[..., 1::2].astype(jnp.float32)
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    cos, sin = jnp.cos(angle) * multiplier, jnp.sin(angle) * multiplier
+    # Of each column: what it is multiplied by, and what its pair's other column is.
+    own = jnp.repeat(cos, 2, axis=-1)
+    other = jnp.stack([-sin, sin], axis=-1).reshape(own.shape)
+    before = ((0, 0), (0, 0), (x.shape[-1] - own.shape[-1], 0))
+    own = jnp.pad(own, before, constant_values=1)[:, :, None]
+    other = jnp.pad(other, before)[:, :, None]
+    assert before[2][0] % 2 == 0, "columns that stay as they are come in pairs too"
+    precise = x.astype(jnp.float32)
+    swapped = precise.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+    return (precise * own + swapped * other).astype(x.dtype)

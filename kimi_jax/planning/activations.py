@@ -176,8 +176,10 @@ def _attention(work: Work) -> dict[str, int]:
     config = work.config
     heads = config.num_attention_heads * work.tokens * work.itemsize
     return {
-        "queries, keys": 2 * heads * config.qk_head_dim,
-        "values, output": 2 * heads * config.v_head_dim,
+        "queries": heads * config.qk_head_dim,
+        "keys without their shared part, values": heads
+        * (config.qk_nope_head_dim + config.v_head_dim),
+        "output": heads * config.v_head_dim,
     }
 
 

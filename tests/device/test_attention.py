@@ -15,7 +15,7 @@ from tests.device import needs
 
 pytestmark = needs.a_hopper_gpu
 
-HEADS, KEY, VALUE, SCALE, TOLERANCE = 4, 192, 128, 0.1, 6e-3
+HEADS, NOPE, ROPE, VALUE, SCALE, TOLERANCE = 4, 128, 64, 128, 0.1, 6e-3
 # Lengths of segments, those of padding negative; the rest of a row is padding. As few shapes as
 # possible, because most of the time is spent compiling.
 LENGTH = 1024
@@ -50,33 +50,38 @@ def segment_ids(rows):
     return ids
 
 
-def operands(ids):
+def operands(ids, heads=HEADS):
+    """Queries, keys beside values, the shared key, and the gradient of the output."""
     keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((heads, NOPE + ROPE), (heads, NOPE + VALUE), (ROPE,), (heads, VALUE))
     return [
-        jax.random.normal(key, (*ids.shape, HEADS, width), jnp.bfloat16)
-        for key, width in zip(keys, (KEY, KEY, VALUE, VALUE), strict=True)
+        jax.random.normal(key, (*ids.shape, *shape), jnp.bfloat16)
+        for key, shape in zip(keys, shapes, strict=True)
     ]
 
 
 @partial(jax.jit, static_argnums=0)
-def with_gradients(name, q, k, v, d_out, ids):
+def with_gradients(name, q, kv, rope_key, d_out, ids):
     function = IMPLEMENTATIONS[name]
-    out, pullback = jax.vjp(lambda q, k, v: function(q, k, v, ids, SCALE), q, k, v)
+    out, pullback = jax.vjp(lambda *a: function(*a, ids, SCALE), q, kv, rope_key)
     return out, *pullback(d_out)
 
 
 @pytest.mark.parametrize(("name", "rows"), CASES)
 def test_output_and_gradients(name, rows):
     """Output and gradients at real tokens; padding is finite and gets and gives no gradient."""
-    ids = segment_ids(ROWS[rows])
-    values = operands(ids)
+    compare(name, segment_ids(ROWS[rows]), HEADS)
+
+
+def compare(name, ids, heads):
+    values = operands(ids, heads)
     found = with_gradients(name, *values, jnp.asarray(ids))
-    real = jnp.asarray(ids > 0)[:, :, None, None]
     exact = [v.astype(jnp.float32) for v in values]
-    exact[3] = jnp.where(real, exact[3], 0)
+    exact[3] = jnp.where(jnp.asarray(ids > 0)[:, :, None, None], exact[3], 0)
     with jax.default_matmul_precision("highest"):
         wanted = with_gradients("reference", *exact, jnp.asarray(ids))
-    for part, value, want in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+    for part, value, want in zip(("out", "dq", "dkv", "drope"), found, wanted, strict=True):
+        real = jnp.asarray(ids > 0).reshape(*ids.shape, *[1] * (value.ndim - 2))
         assert bool(jnp.isfinite(value).all()), f"{part} is not finite"
         difference = jnp.where(real, value.astype(jnp.float32) - want, 0)
         error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(jnp.where(real, want, 0)))

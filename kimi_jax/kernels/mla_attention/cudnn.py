@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.errors import UserError
 from kimi_jax.kernels.mla_attention import residuals
+from kimi_jax.kernels.mla_attention.reference import keys_and_values, widths
 
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 WIDEST, WIDTH_STEP = 256, 8  # of a head, on Hopper
@@ -37,8 +38,8 @@ BACKWARD_PRODUCTS = {
 
 def attention(
     q_BTNH: Float[Array, "B T N qk"],
-    k_BTNH: Float[Array, "B T N qk"],
-    v_BTNU: Float[Array, "B T N U"],
+    kv_BTNH: Float[Array, "B T N kv"],
+    rope_key_BTR: Float[Array, "B T R"],
     segment_ids_BT: Int[Array, "B T"],
     scale: float,
     deterministic: bool = False,
@@ -46,12 +47,13 @@ def attention(
     """Causal attention of rows that hold one segment, and then perhaps padding (segment 0).
 
     Segment ids are not looked at, but that no gradient flows back from padding. What padding puts
-    out is finite and means nothing. See `kimi_jax.kernels.api.attention`.
+    out is finite and means nothing. cuDNN takes whole keys, and values apart from them: both are
+    copied together first. See `kimi_jax.kernels.api.latent_attention`.
 
     Args:
         q_BTNH: bf16 or fp16 queries.
-        k_BTNH: keys.
-        v_BTNU: values, which may be narrower.
+        kv_BTNH: keys without position, then values.
+        rope_key_BTR: the rotated part of the keys, one for all heads.
         segment_ids_BT: see above.
         scale: of the scores.
         deterministic: ask cuDNN for a backward pass that gives the same bits each time.
@@ -59,9 +61,11 @@ def attention(
     Raises:
         UserError: operands that cuDNN does not take.
     """
+    nope, _, _ = widths(q_BTNH, kv_BTNH, rope_key_BTR)
+    k_BTNH, v_BTNU = keys_and_values(kv_BTNH, rope_key_BTR, nope)
     _check(q_BTNH, v_BTNU)
-    kernel = Cudnn(deterministic)
-    return residuals.attention(kernel, q_BTNH, k_BTNH, v_BTNU, segment_ids_BT, scale)
+    operands = q_BTNH, k_BTNH, v_BTNU
+    return residuals.attention(Cudnn(deterministic), operands, segment_ids_BT, scale)
 
 
 def _check(q: Array, v: Array) -> None:
@@ -86,10 +90,11 @@ class Cudnn:
     deterministic: bool = False
 
     def forward(
-        self, q: Array, k: Array, v: Array, segment_ids: Array, scale: float
+        self, operands: tuple[Array, ...], segment_ids: Array, scale: float
     ) -> tuple[Array, Array]:
         """Output and logarithms of the denominators."""
         del segment_ids
+        q, k, v = operands
         batch, length, heads, _ = q.shape
         out, logsumexp, _ = self._call(
             FORWARD,
@@ -100,14 +105,9 @@ class Cudnn:
         )
         return out.swapaxes(1, 2), logsumexp
 
-    def backward(
-        self,
-        saved: tuple[Array, Array, Array, Array, Array, Array],
-        d_out: Array,
-        scale: float,
-    ) -> residuals.Gradients:
+    def backward(self, saved: residuals.Saved, d_out: Array, scale: float) -> tuple[Array, ...]:
         """Gradients of queries, keys and values."""
-        q, k, v, segment_ids, out, logsumexp = saved
+        (q, k, v), segment_ids, out, logsumexp = saved
         # Padding sees the segment before it; what it puts out means nothing, so nothing flows back.
         d_out = jnp.where((segment_ids > 0)[:, :, None, None], d_out, 0)
         configuration = _configuration(q, scale, BACKWARD_PRODUCTS)
@@ -120,7 +120,7 @@ class Cudnn:
             [_by_head(value) for value in (q, k, v)],
             transposed=3,
         )
-        return residuals.Gradients(*(value.swapaxes(1, 2) for value in gradients))
+        return tuple(value.swapaxes(1, 2) for value in gradients)
 
     @staticmethod
     def _call(

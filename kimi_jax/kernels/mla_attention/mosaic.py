@@ -16,24 +16,25 @@ from kimi_jax.kernels.mla_attention.mosaic_common import MASKED, ROWS, TILE, Pla
 from kimi_jax.kernels.mla_attention.mosaic_forward import forward
 from kimi_jax.kernels.mla_attention.mosaic_key_gradient import key_gradient
 from kimi_jax.kernels.mla_attention.mosaic_query_gradient import query_gradient
+from kimi_jax.kernels.mla_attention.reference import widths
 
 WIDTH_STEP, WIDEST = 64, 192  # of a head
 
 
 def attention(
     q_BTNH: Float[Array, "B T N qk"],
-    k_BTNH: Float[Array, "B T N qk"],
-    v_BTNU: Float[Array, "B T N U"],
+    kv_BTNH: Float[Array, "B T N kv"],
+    rope_key_BTR: Float[Array, "B T R"],
     segment_ids_BT: Int[Array, "B T"],
     scale: float,
     interpret: bool = False,
 ) -> BFloat16[Array, "B T N U"]:
-    """Causal attention within contiguous segments; see `kimi_jax.kernels.api.attention`.
+    """Causal attention within contiguous segments; see `kimi_jax.kernels.api.latent_attention`.
 
     Args:
         q_BTNH: bf16 queries.
-        k_BTNH: keys.
-        v_BTNU: values, which may be narrower.
+        kv_BTNH: keys without position, then values.
+        rope_key_BTR: the rotated part of the keys, one for all heads.
         segment_ids_BT: a segment is a run of equal ids; of a run of zeros, each token sees itself.
         scale: of the scores, more than 0.
         interpret: run on the CPU.
@@ -41,27 +42,31 @@ def attention(
     Raises:
         UserError: operands that the kernels do not take.
     """
-    if problem := problem_of(q_BTNH, v_BTNU):
+    if problem := problem_of(q_BTNH, kv_BTNH, rope_key_BTR):
         raise UserError(f"impl is 'pallas', but {problem}. Use impl='reference'")
     missing = -q_BTNH.shape[1] % TILE
-    q, k, v, ids = q_BTNH, k_BTNH, v_BTNU, segment_ids_BT
+    arrays = q_BTNH, kv_BTNH, rope_key_BTR, segment_ids_BT
     if missing:
-        q, k, v = (jnp.pad(r, ((0, 0), (0, missing), (0, 0), (0, 0))) for r in (q, k, v))
-        ids = jnp.pad(ids, ((0, 0), (0, missing)))
-    out = residuals.attention(Mosaic(interpret), q, k, v, ids, float(scale))
+        arrays = [jnp.pad(a, ((0, 0), (0, missing), *[(0, 0)] * (a.ndim - 2))) for a in arrays]
+    *operands, ids = arrays
+    out = residuals.attention(Mosaic(interpret), tuple(operands), ids, float(scale))
     return out[:, : q_BTNH.shape[1]]
 
 
-def problem_of(q: Float[Array, "B T N qk"], v: Float[Array, "B T N U"]) -> str | None:
+def problem_of(
+    q: Float[Array, "B T N qk"], kv: Float[Array, "B T N kv"], rope_key: Float[Array, "B T R"]
+) -> str | None:
     """What the kernels do not take about these operands, and what they do."""
-    if q.dtype != jnp.bfloat16:
-        return f"the queries are {q.dtype}; required: bfloat16"
-    key, value = q.shape[-1], v.shape[-1]
-    fits = key % WIDTH_STEP == value % WIDTH_STEP == 0 and value <= key <= WIDEST
-    if not fits or (ROWS * key) % value:
+    for name, operand in (("queries", q), ("keys and values", kv), ("rotated keys", rope_key)):
+        if operand.dtype != jnp.bfloat16:
+            return f"the {name} are {operand.dtype}; required: bfloat16"
+    nope, rope, value = widths(q, kv, rope_key)
+    key = nope + rope
+    steps = all(width > 0 and width % WIDTH_STEP == 0 for width in (nope, rope, value))
+    if not steps or not value <= key <= WIDEST or (ROWS * key) % value:
         return (
-            f"the queries are {key} and the values {value} wide; required: multiples of "
-            f"{WIDTH_STEP} up to {WIDEST}, values not wider than queries"
+            f"the queries are {nope} + {rope} and the values {value} wide; required: multiples of "
+            f"{WIDTH_STEP} up to {WIDEST} together, values not wider than queries"
         )
     return None
 
@@ -86,31 +91,32 @@ class Mosaic:
 
     interpret: bool = False
 
-    def plan(self, q: Array, v: Array, scale: float) -> Plan:
+    def plan(self, operands: tuple[Array, ...], scale: float) -> Plan:
         """What the kernels' code is specialised for."""
-        batch, length, heads, key_width = q.shape
-        return Plan(batch, length, heads, key_width, v.shape[-1], scale, self.interpret)
+        q, kv, rope_key = operands
+        batch, length, heads, _ = q.shape
+        nope, rope, value = widths(q, kv, rope_key)
+        return Plan(batch, length, heads, nope, rope, value, scale, self.interpret)
 
     def forward(
-        self, q: Array, k: Array, v: Array, segment_ids: Array, scale: float
+        self, operands: tuple[Array, ...], segment_ids: Array, scale: float
     ) -> tuple[Array, Array]:
         """Output and logarithms of the denominators."""
-        return forward(self.plan(q, v, scale), q, k, v, runs(segment_ids)[0])
+        q, kv, rope_key = operands
+        return forward(self.plan(operands, scale), q, kv, rope_key, runs(segment_ids)[0])
 
     def backward(
-        self,
-        saved: tuple[Array, Array, Array, Array, Array, Array],
-        d_out: Array,
-        scale: float,
-    ) -> residuals.Gradients:
-        """Gradients of queries, keys and values."""
-        q, k, v, segment_ids, out, logsumexp = saved
+        self, saved: residuals.Saved, d_out: Array, scale: float
+    ) -> tuple[Array, Array, Array]:
+        """Gradients of queries, of keys and values, and of the shared key."""
+        (q, kv, rope_key), segment_ids, out, logsumexp = saved
         first, last = runs(segment_ids)
         mean = jnp.einsum("btnu,btnu->bnt", out, d_out, preferred_element_type=jnp.float32)
         # Nothing flows back from padding: its probabilities become 0.
         real = (segment_ids > 0)[:, None]
         starts = jnp.where(real, -logsumexp / scale, MASKED), -mean
-        plan = self.plan(q, v, scale)
-        dq = query_gradient(plan, q, k, v, d_out, *starts, first)
-        dk, dv = key_gradient(plan, q, k, v, d_out, *starts, last)
-        return residuals.Gradients(dq, dk, dv)
+        plan = self.plan(saved.operands, scale)
+        dq = query_gradient(plan, q, kv, rope_key, d_out, *starts, first)
+        d_kv, d_rope_BNTR = key_gradient(plan, q, kv, rope_key, d_out, *starts, last)
+        d_rope = d_rope_BNTR.astype(jnp.float32).sum(1).astype(jnp.bfloat16)
+        return dq, d_kv, d_rope

@@ -28,17 +28,39 @@ BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 class Plan:
     """What a kernel's code is specialised for.
 
-    batch, length, heads: of rows [B, T, N, width]. key_width, value_width: of a head. scale: of the
-    scores. interpret: run on the CPU.
+    batch, length, heads: of rows [B, T, N, width]. nope_width, value_width: of a head's keys without
+    position and of its values, which stand side by side. rope_width: of the key that all heads share.
+    scale: of the scores. interpret: run on the CPU.
     """
 
     batch: int
     length: int
     heads: int
-    key_width: int
+    nope_width: int
+    rope_width: int
     value_width: int
     scale: float
     interpret: bool
+
+    @property
+    def key_width(self) -> int:
+        """Of a head's queries."""
+        return self.nope_width + self.rope_width
+
+    @property
+    def nope(self) -> Any:
+        """Columns of queries, and of keys and values, that belong to keys without position."""
+        return pl.ds(0, self.nope_width)
+
+    @property
+    def rope(self) -> Any:
+        """Columns of queries that meet the shared key."""
+        return pl.ds(self.nope_width, self.rope_width)
+
+    @property
+    def value(self) -> Any:
+        """Columns of keys and values that belong to values."""
+        return pl.ds(self.nope_width, self.value_width)
 
     @property
     def tiles(self) -> int:
@@ -130,6 +152,30 @@ def specialise(
             for slot in range(stages):
                 plgpu.barrier_arrive(empty.at[slot])
         compute(warpgroup)
+
+
+def move_keys(block: Any, begin: Any, end: Any, keys: int, stages: int) -> None:
+    """Copies a head's keys and values to shared memory as they are used up, so many keys a step.
+
+    `block` has both arrays, their places in shared memory, and the barriers of keys and of values.
+    """
+    plan = block.plan
+
+    def copy(step: Any, _: None) -> None:
+        slot = lax.rem(step - begin, jnp.int32(stages))
+        rows = pl.ds(step * keys, keys)
+        kv = block.kv.at[block.sequence, rows, block.head]
+        plgpu.barrier_wait(block.k_empty.at[slot])
+        for source, target in (
+            (kv.at[:, plan.nope], block.nope_smem),
+            (block.rope_key.at[block.sequence, rows], block.rope_smem),
+        ):
+            plgpu.copy_gmem_to_smem(source, target.at[slot], block.k_full.at[slot])
+        plgpu.barrier_wait(block.v_empty.at[slot])
+        values = kv.at[:, plan.value]
+        plgpu.copy_gmem_to_smem(values, block.v_smem.at[slot], block.v_full.at[slot])
+
+    lax.fori_loop(begin, end, copy, None)
 
 
 def spread(vector: Any, columns: int, dimension: int = 0) -> Any:

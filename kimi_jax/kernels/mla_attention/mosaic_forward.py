@@ -23,25 +23,27 @@ KEYS, STAGES = 128, 2  # of a step; steps in flight
 def forward(
     plan: Plan,
     q_BTNH: BFloat16[Array, "B T N qk"],
-    k_BTNH: BFloat16[Array, "B T N qk"],
-    v_BTNU: BFloat16[Array, "B T N U"],
+    kv_BTNH: BFloat16[Array, "B T N kv"],
+    rope_key_BTR: BFloat16[Array, "B T R"],
     first_BT: Int[Array, "B T"],
 ) -> tuple[BFloat16[Array, "B T N U"], Float32[Array, "B N T"]]:
     """Output, and the logarithms of the softmax's denominators.
 
     `first_BT` is the first key that each query sees; it must not decrease along a row.
     """
+    out_shape = plan.batch, plan.length, plan.heads, plan.value_width
     out_type = (
-        jax.ShapeDtypeStruct(v_BTNU.shape, jnp.bfloat16),
+        jax.ShapeDtypeStruct(out_shape, jnp.bfloat16),
         jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.length), jnp.float32),
     )
     scratch = {
         "q_smem": common.reused_memory(plan.key_width, plan.value_width, plan.interpret),
-        "k_smem": common.operand_memory(STAGES, KEYS, plan.key_width),
+        "nope_smem": common.operand_memory(STAGES, KEYS, plan.nope_width),
+        "rope_smem": common.operand_memory(STAGES, KEYS, plan.rope_width),
         "v_smem": common.operand_memory(STAGES, KEYS, plan.value_width),
         "log_smem": plgpu.SMEM((COMPUTING, ROWS), jnp.float32),
         "q_full": common.full_barrier(COMPUTING),
-        "k_full": common.full_barrier(STAGES),
+        "k_full": common.full_barrier(STAGES, copies=2),
         "v_full": common.full_barrier(STAGES),
         "k_empty": common.empty_barrier(STAGES),
         "v_empty": common.empty_barrier(STAGES),
@@ -56,7 +58,7 @@ def forward(
         _Block(plan, *places, *operands, q_smem=q_smem, out_smem=out_smem, **scratch).run()
 
     kernel = common.launch(body, plan, out_type, scratch, "packed_attention_forward")
-    return kernel(q_BTNH, k_BTNH, v_BTNU, first_BT)
+    return kernel(q_BTNH, kv_BTNH, rope_key_BTR, first_BT)
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,15 @@ class _Block:
     head: Any
     tile: Any
     q: Any
-    k: Any
-    v: Any
+    kv: Any
+    rope_key: Any
     first: Any
     out: Any
     logsumexp: Any
     q_smem: Any
     out_smem: Any
-    k_smem: Any
+    nope_smem: Any
+    rope_smem: Any
     v_smem: Any
     log_smem: Any
     q_full: Any
@@ -89,25 +92,9 @@ class _Block:
         common.specialise(
             (self.k_empty, self.v_empty),
             STAGES,
-            lambda: self.move(begin, end),
+            lambda: common.move_keys(self, begin, end, KEYS, STAGES),
             lambda warpgroup: self.compute(warpgroup, begin, end),
         )
-
-    def move(self, begin: Any, end: Any) -> None:
-        """Copies tiles of keys and values as they are used up."""
-
-        def copy(step: Any, _: None) -> None:
-            slot = lax.rem(step - begin, jnp.int32(STAGES))
-            rows = pl.ds(step * KEYS, KEYS)
-            for source, target, empty, full in (
-                (self.k, self.k_smem, self.k_empty, self.k_full),
-                (self.v, self.v_smem, self.v_empty, self.v_full),
-            ):
-                plgpu.barrier_wait(empty.at[slot])
-                source = source.at[self.sequence, rows, self.head]
-                plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
-
-        lax.fori_loop(begin, end, copy, None)
 
     def compute(self, warpgroup: Any, begin: Any, end: Any) -> None:
         """64 queries: output and logarithms."""
@@ -214,8 +201,10 @@ class _Rows:
         slot = self.slot(step)
         plgpu.barrier_wait(self.block.k_full.at[slot])
         self.scores[...] = common.zeros(KEYS)
-        queries, keys = self.block.q_smem.at[self.warpgroup], self.block.k_smem.at[slot]
-        common.multiply(self.scores, queries, keys.T, self.block.memory)
+        plan, queries = self.plan, self.block.q_smem.at[self.warpgroup]
+        for columns, keys in ((plan.nope, self.block.nope_smem), (plan.rope, self.block.rope_smem)):
+            part = queries.at[:, columns]
+            common.multiply(self.scores, part, keys.at[slot].T, self.block.memory)
 
     def multiply_values(self, step: Any, p: Any) -> None:
         slot = self.slot(step)

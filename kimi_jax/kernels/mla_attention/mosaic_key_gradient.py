@@ -23,26 +23,27 @@ GROUP = 32  # of the operands' memory, because 32 queries are contracted
 def key_gradient(
     plan: Plan,
     q_BTNH: BFloat16[Array, "B T N qk"],
-    k_BTNH: BFloat16[Array, "B T N qk"],
-    v_BTNU: BFloat16[Array, "B T N U"],
+    kv_BTNH: BFloat16[Array, "B T N kv"],
+    rope_key_BTR: BFloat16[Array, "B T R"],
     d_out_BTNU: BFloat16[Array, "B T N U"],
     score_start_BNT: Float32[Array, "B N T"],
     mean_start_BNT: Float32[Array, "B N T"],
     last_BT: Int[Array, "B T"],
-) -> tuple[BFloat16[Array, "B T N qk"], BFloat16[Array, "B T N U"]]:
-    """Gradients of keys and values.
+) -> tuple[BFloat16[Array, "B T N kv"], BFloat16[Array, "B N T R"]]:
+    """Gradients of keys and values, and each head's gradient of the shared key.
 
     `last_BT` is the last query that sees each key, not decreasing along a row; see
     `mosaic_query_gradient.query_gradient` for the others.
     """
     scratch = {
-        "k_smem": common.operand_memory(COMPUTING, ROWS, plan.key_width, group=GROUP),
+        "nope_smem": common.operand_memory(COMPUTING, ROWS, plan.nope_width, group=GROUP),
+        "rope_smem": common.operand_memory(COMPUTING, ROWS, plan.rope_width, group=GROUP),
         "v_smem": common.operand_memory(COMPUTING, ROWS, plan.value_width, group=GROUP),
         "q_smem": common.operand_memory(STAGES, QUERIES, plan.key_width, group=GROUP),
         "d_smem": common.operand_memory(STAGES, QUERIES, plan.value_width, group=GROUP),
         "score_smem": plgpu.SMEM((STAGES, QUERIES), jnp.float32),
         "mean_smem": plgpu.SMEM((STAGES, QUERIES), jnp.float32),
-        "own": common.full_barrier(COMPUTING, copies=2),
+        "own": common.full_barrier(COMPUTING, copies=3),
         "full": common.full_barrier(STAGES, copies=4),
         "empty": common.empty_barrier(STAGES),
         "memory": common.interpreter_memory(
@@ -53,9 +54,13 @@ def key_gradient(
     def body(*operands: Any, **scratch: Any) -> None:
         _Block(plan, *plan.place(last_first=False), *operands, **scratch).run()
 
-    out_type = tuple(jax.ShapeDtypeStruct(v.shape, jnp.bfloat16) for v in (k_BTNH, v_BTNU))
+    rope_shape = plan.batch, plan.heads, plan.length, plan.rope_width
+    out_type = tuple(
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (kv_BTNH.shape, rope_shape)
+    )
     kernel = common.launch(body, plan, out_type, scratch, "packed_attention_key_gradient")
-    return kernel(q_BTNH, k_BTNH, v_BTNU, d_out_BTNU, score_start_BNT, mean_start_BNT, last_BT)
+    starts = score_start_BNT, mean_start_BNT
+    return kernel(q_BTNH, kv_BTNH, rope_key_BTR, d_out_BTNU, *starts, last_BT)
 
 
 @dataclass(frozen=True)
@@ -65,15 +70,16 @@ class _Block:
     head: Any
     tile: Any
     q: Any
-    k: Any
-    v: Any
+    kv: Any
+    rope_key: Any
     d_out: Any
     score_start: Any
     mean_start: Any
     last: Any
-    dk: Any
-    dv: Any
-    k_smem: Any
+    d_kv: Any
+    d_rope: Any
+    nope_smem: Any
+    rope_smem: Any
     v_smem: Any
     q_smem: Any
     d_smem: Any
@@ -99,7 +105,17 @@ class _Block:
         )
 
     def move(self, begin: Any, end: Any) -> None:
-        """Copies tiles of queries, and what belongs to them, as they are used up."""
+        """Copies both warpgroups' keys and values, and tiles of queries as they are used up."""
+        plan = self.plan
+        for warpgroup in range(COMPUTING):
+            rows = pl.ds(self.tile * TILE + warpgroup * ROWS, ROWS)
+            kv = self.kv.at[self.sequence, rows, self.head]
+            for source, target in (
+                (kv.at[:, plan.nope], self.nope_smem),
+                (self.rope_key.at[self.sequence, rows], self.rope_smem),
+                (kv.at[:, plan.value], self.v_smem),
+            ):
+                plgpu.copy_gmem_to_smem(source, target.at[warpgroup], self.own.at[warpgroup])
 
         def copy(step: Any, _: None) -> None:
             slot = lax.rem(step - begin, jnp.int32(STAGES))
@@ -120,9 +136,7 @@ class _Block:
         base = self.tile * TILE + warpgroup * ROWS
         rows = pl.ds(base, ROWS)
         own = self.own.at[warpgroup]
-        for source, target in ((self.k, self.k_smem), (self.v, self.v_smem)):
-            source = source.at[self.sequence, rows, self.head]
-            plgpu.copy_gmem_to_smem(source, target.at[warpgroup], own)
+        plan = self.plan
         last = common.load_rows(self.last, (self.sequence, rows))
         plgpu.barrier_wait(own)
 
@@ -145,12 +159,18 @@ class _Block:
         widths = QUERIES, QUERIES, self.plan.key_width, self.plan.value_width
         dk, dv = common.with_accumulators(self.memory, accumulate, *widths)
         # The keys' and values' places are free now.
-        keys, values = self.k_smem.at[warpgroup], self.v_smem.at[warpgroup]
-        keys[...] = (dk * self.plan.scale).astype(jnp.bfloat16)
+        nope, rope, values = (
+            memory.at[warpgroup] for memory in (self.nope_smem, self.rope_smem, self.v_smem)
+        )
+        dk = (dk * plan.scale).astype(jnp.bfloat16)
+        nope[...] = dk[:, : plan.nope_width]
+        rope[...] = dk[:, plan.nope_width :]
         values[...] = dv.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(keys, self.dk.at[self.sequence, rows, self.head])
-        plgpu.copy_smem_to_gmem(values, self.dv.at[self.sequence, rows, self.head])
+        d_kv = self.d_kv.at[self.sequence, rows, self.head]
+        plgpu.copy_smem_to_gmem(nope, d_kv.at[:, plan.nope])
+        plgpu.copy_smem_to_gmem(values, d_kv.at[:, plan.value])
+        plgpu.copy_smem_to_gmem(rope, self.d_rope.at[self.sequence, self.head, rows])
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -176,7 +196,9 @@ class _Rows:
         plgpu.barrier_wait(block.full.at[slot])
         start = plgpu.load(block.score_smem.at[slot], layout=common.BY_COLUMN)
         self.scores[...] = common.spread(start, QUERIES, 1)
-        common.multiply(self.scores, block.k_smem.at[self.warpgroup], queries.T, memory)
+        for columns, keys in ((plan.nope, block.nope_smem), (plan.rope, block.rope_smem)):
+            part = block.q_smem.at[slot, :, columns]
+            common.multiply(self.scores, keys.at[self.warpgroup], part.T, memory)
         p = jnp.exp2(common.read(plan, self.scores, 0) * (plan.scale * LOG2_E))
         if masked:
             key = common.numbers(QUERIES, 0, self.base)

@@ -23,8 +23,8 @@ KEYS, STAGES = 64, 3  # of a step; steps in flight
 def query_gradient(
     plan: Plan,
     q_BTNH: BFloat16[Array, "B T N qk"],
-    k_BTNH: BFloat16[Array, "B T N qk"],
-    v_BTNU: BFloat16[Array, "B T N U"],
+    kv_BTNH: BFloat16[Array, "B T N kv"],
+    rope_key_BTR: BFloat16[Array, "B T R"],
     d_out_BTNU: BFloat16[Array, "B T N U"],
     score_start_BNT: Float32[Array, "B N T"],
     mean_start_BNT: Float32[Array, "B N T"],
@@ -35,8 +35,8 @@ def query_gradient(
     Args:
         plan: see there.
         q_BTNH: queries.
-        k_BTNH: keys.
-        v_BTNU: values.
+        kv_BTNH: keys without position and values, side by side.
+        rope_key_BTR: the rotated part of the keys, one for all heads.
         d_out_BTNU: gradient of the output.
         score_start_BNT: minus each query's logarithm of the denominator, divided by the scale.
         mean_start_BNT: minus the sum of output times its gradient.
@@ -45,14 +45,17 @@ def query_gradient(
     scratch = {
         "q_smem": common.operand_memory(COMPUTING, ROWS, plan.key_width),
         "d_smem": common.operand_memory(COMPUTING, ROWS, plan.value_width),
-        "k_smem": common.operand_memory(STAGES, KEYS, plan.key_width),
+        "nope_smem": common.operand_memory(STAGES, KEYS, plan.nope_width),
+        "rope_smem": common.operand_memory(STAGES, KEYS, plan.rope_width),
         "v_smem": common.operand_memory(STAGES, KEYS, plan.value_width),
         "own": common.full_barrier(COMPUTING, copies=2),
-        "k_full": common.full_barrier(STAGES),
+        "k_full": common.full_barrier(STAGES, copies=2),
         "v_full": common.full_barrier(STAGES),
         "k_empty": common.empty_barrier(STAGES),
         "v_empty": common.empty_barrier(STAGES),
-        "memory": common.interpreter_memory(plan, KEYS, KEYS, KEYS, plan.key_width),
+        "memory": common.interpreter_memory(
+            plan, KEYS, KEYS, KEYS, plan.nope_width, plan.rope_width
+        ),
     }
 
     def body(*operands: Any, **scratch: Any) -> None:
@@ -60,7 +63,8 @@ def query_gradient(
 
     out_type = jax.ShapeDtypeStruct(q_BTNH.shape, jnp.bfloat16)
     kernel = common.launch(body, plan, out_type, scratch, "packed_attention_query_gradient")
-    return kernel(q_BTNH, k_BTNH, v_BTNU, d_out_BTNU, score_start_BNT, mean_start_BNT, first_BT)
+    starts = score_start_BNT, mean_start_BNT
+    return kernel(q_BTNH, kv_BTNH, rope_key_BTR, d_out_BTNU, *starts, first_BT)
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ class _Block:
     head: Any
     tile: Any
     q: Any
-    k: Any
-    v: Any
+    kv: Any
+    rope_key: Any
     d_out: Any
     score_start: Any
     mean_start: Any
@@ -79,7 +83,8 @@ class _Block:
     dq: Any
     q_smem: Any
     d_smem: Any
-    k_smem: Any
+    nope_smem: Any
+    rope_smem: Any
     v_smem: Any
     own: Any
     k_full: Any
@@ -99,28 +104,19 @@ class _Block:
         )
 
     def move(self, begin: Any, end: Any) -> None:
-        """Copies tiles of keys and values as they are used up."""
-
-        def copy(step: Any, _: None) -> None:
-            slot = lax.rem(step - begin, jnp.int32(STAGES))
-            for source, target, empty, full in (
-                (self.k, self.k_smem, self.k_empty, self.k_full),
-                (self.v, self.v_smem, self.v_empty, self.v_full),
-            ):
-                plgpu.barrier_wait(empty.at[slot])
-                source = source.at[self.sequence, pl.ds(step * KEYS, KEYS), self.head]
-                plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
-
-        lax.fori_loop(begin, end, copy, None)
+        """Copies both warpgroups' queries, and tiles of keys and values as they are used up."""
+        for warpgroup in range(COMPUTING):
+            rows = pl.ds(self.tile * TILE + warpgroup * ROWS, ROWS)
+            for source, target in ((self.q, self.q_smem), (self.d_out, self.d_smem)):
+                source = source.at[self.sequence, rows, self.head]
+                plgpu.copy_gmem_to_smem(source, target.at[warpgroup], self.own.at[warpgroup])
+        common.move_keys(self, begin, end, KEYS, STAGES)
 
     def compute(self, warpgroup: Any, begin: Any, end: Any) -> None:
         """64 queries."""
+        plan = self.plan
         base = self.tile * TILE + warpgroup * ROWS
         rows = pl.ds(base, ROWS)
-        own = self.own.at[warpgroup]
-        for source, target in ((self.q, self.q_smem), (self.d_out, self.d_smem)):
-            source = source.at[self.sequence, rows, self.head]
-            plgpu.copy_gmem_to_smem(source, target.at[warpgroup], own)
         first = common.load_rows(self.first, (self.sequence, rows))
         places = self.sequence, self.head, rows
         score_start = common.load_rows(self.score_start, places)
@@ -129,31 +125,29 @@ class _Block:
         last_first = self.first[self.sequence, base + (ROWS - 1)]
         clear = lax.div(last_first + (KEYS - 1), jnp.int32(KEYS))
         diagonal = lax.div(base, jnp.int32(KEYS))
-        plgpu.barrier_wait(own)
+        plgpu.barrier_wait(self.own.at[warpgroup])
 
-        def accumulate(scores: Any, products: Any, dq: Any) -> Any:
-            dq[...] = common.zeros(self.plan.key_width)
-            starts = score_start, mean_start
-            work = _Rows(self, warpgroup, base, first, begin, starts, scores, products, dq)
-            work.step(begin, masked=True, follows=False)
-            turning = jnp.maximum(jnp.minimum(clear, diagonal), begin + 1)
-            last = jnp.maximum(diagonal, begin + 1)
+        def accumulate(scores: Any, products: Any, d_nope: Any, d_rope: Any) -> Any:
+            d_nope[...] = common.zeros(plan.nope_width)
+            d_rope[...] = common.zeros(plan.rope_width)
+            starts, sums = (score_start, mean_start), (scores, products, d_nope, d_rope)
+            work = _Rows(self, warpgroup, base, first, begin, starts, *sums)
+            turning = jnp.minimum(clear, diagonal)
             for start, stop, masked in (
-                (begin + 1, turning, True),
-                (turning, last, False),
-                (last, end, True),
+                (begin, turning, True),
+                (turning, diagonal, False),
+                (diagonal, end, True),
             ):
                 lax.fori_loop(
                     start, stop, lambda step, _, masked=masked: work.step(step, masked), None
                 )
-            total = common.read(self.plan, dq, 0)
-            work.release(self.k_empty, end - 1)
-            return total
+            return common.read(plan, d_nope, 0), common.read(plan, d_rope, 0)
 
-        widths = KEYS, KEYS, self.plan.key_width
-        total = common.with_accumulators(self.memory, accumulate, *widths)
+        widths = KEYS, KEYS, plan.nope_width, plan.rope_width
+        d_nope, d_rope = common.with_accumulators(self.memory, accumulate, *widths)
         stage = self.q_smem.at[warpgroup]  # the queries' place is free now
-        stage[...] = (total * self.plan.scale).astype(jnp.bfloat16)
+        stage[:, plan.nope] = (d_nope * plan.scale).astype(jnp.bfloat16)
+        stage[:, plan.rope] = (d_rope * plan.scale).astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(stage, self.dq.at[self.sequence, rows, self.head])
         plgpu.wait_smem_to_gmem(0)
@@ -161,7 +155,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Rows:
-    """One warpgroup's work; `scores`, `products` and `dq` are accumulators."""
+    """One warpgroup's work; the last four are accumulators, of which two are the parts of dq."""
 
     block: _Block
     warpgroup: Any
@@ -171,31 +165,32 @@ class _Rows:
     starts: tuple[Any, Any]
     scores: Any
     products: Any
-    dq: Any
+    d_nope: Any
+    d_rope: Any
 
-    def release(self, barrier: Any, step: Any) -> None:
-        plgpu.barrier_arrive(barrier.at[lax.rem(step - self.begin, jnp.int32(STAGES))])
-
-    def step(self, step: Any, masked: bool, follows: bool = True) -> None:
-        """A tile of keys. Its last product is in flight until the next step needs the tensor cores."""
-        block, plan, warpgroup = self.block, self.block.plan, self.warpgroup
+    def step(self, step: Any, masked: bool) -> None:
+        """A tile of keys. The other warpgroup has the tensor cores while this one exponentiates."""
+        block, plan, memory = self.block, self.block.plan, self.block.memory
         slot = lax.rem(step - self.begin, jnp.int32(STAGES))
-        keys, values = block.k_smem.at[slot], block.v_smem.at[slot]
+        queries, d_out = block.q_smem.at[self.warpgroup], block.d_smem.at[self.warpgroup]
+        nope, rope = block.nope_smem.at[slot], block.rope_smem.at[slot]
         plgpu.barrier_wait(block.k_full.at[slot])
         self.scores[...] = common.spread(self.starts[0], KEYS)
-        common.multiply(self.scores, block.q_smem.at[warpgroup], keys.T, block.memory)
+        common.multiply(self.scores, queries.at[:, plan.nope], nope.T, memory)
+        common.multiply(self.scores, queries.at[:, plan.rope], rope.T, memory)
         plgpu.barrier_wait(block.v_full.at[slot])
         self.products[...] = common.spread(self.starts[1], KEYS)
-        common.multiply(self.products, block.d_smem.at[warpgroup], values.T, block.memory)
-        scores = common.read(plan, self.scores, 1)
-        if follows:
-            self.release(block.k_empty, step - 1)
-        p = jnp.exp2(scores * (plan.scale * LOG2_E))
+        common.multiply(self.products, d_out, block.v_smem.at[slot].T, memory)
+        p = jnp.exp2(common.read(plan, self.scores, 1) * (plan.scale * LOG2_E))
         if masked:
             query = common.numbers(KEYS, 0, self.base)
             key = common.numbers(KEYS, 1, step * KEYS)
             seen = (key <= query) & (key >= common.spread(self.first, KEYS))
             p = jnp.where(seen, p, 0.0)
-        products = common.read(plan, self.products, 0)
-        self.release(block.v_empty, step)
-        common.multiply(self.dq, (p * products).astype(jnp.bfloat16), keys, block.memory)
+        d_scores = (p * common.read(plan, self.products, 0)).astype(jnp.bfloat16)
+        plgpu.barrier_arrive(block.v_empty.at[slot])
+        common.multiply(self.d_nope, d_scores, nope, memory)
+        common.multiply(self.d_rope, d_scores, rope, memory)
+        # Two sums in flight beyond a step: the compiler finds no registers, and makes WGMMA serial.
+        common.wait(plan, 0)
+        plgpu.barrier_arrive(block.k_empty.at[slot])

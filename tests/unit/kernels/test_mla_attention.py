@@ -9,7 +9,7 @@ import pytest
 
 from kimi_jax.kernels import api
 
-HEADS, WIDTH, VALUE_WIDTH, SCALE = 3, 12, 8, 0.31
+HEADS, NOPE, ROPE, VALUE, SCALE = 3, 8, 4, 6, 0.31
 SEGMENTS = np.array(
     [
         [1, 1, 1, 2, 2, 3, 3, 3, 3],
@@ -22,12 +22,13 @@ SEGMENTS = np.array(
 
 def draw(seed=0):
     rng = np.random.default_rng(seed)
-    shape = (*SEGMENTS.shape, HEADS)
-    q, k = rng.normal(size=(2, *shape, WIDTH))
-    return q, k, rng.normal(size=(*shape, VALUE_WIDTH))
+    shapes = ((HEADS, NOPE + ROPE), (HEADS, NOPE + VALUE), (ROPE,))
+    return [rng.normal(size=(*SEGMENTS.shape, *shape)) for shape in shapes]
 
 
-def expected_attention(q, k, v):
+def expected_attention(q, kv, rope_key):
+    k_nope, v = kv[..., :NOPE], kv[..., NOPE:]
+    k = np.concatenate([k_nope, np.stack([rope_key] * HEADS, axis=2)], axis=-1)
     out = np.empty_like(v)
     for row, place, head in np.ndindex(v.shape[:3]):
         seen = [s for s in range(place + 1) if SEGMENTS[row, s] == SEGMENTS[row, place]]
@@ -42,17 +43,17 @@ class AttentionContract:
 
     impl: ClassVar[str]
 
-    def attend(self, q, k, v):
-        segments = jnp.asarray(SEGMENTS)
-        return api.attention(q, k, v, segments, SCALE, impl=self.impl)
+    def attend(self, *operands):
+        return api.latent_attention(*operands, jnp.asarray(SEGMENTS), SCALE, impl=self.impl)
 
     @pytest.fixture(scope="class")
     def out_and_gradients(self, quickly):
         operands = [jnp.asarray(value, jnp.float32) for value in draw()]
-        probe = jnp.asarray(np.random.default_rng(2).normal(size=operands[2].shape), jnp.float32)
+        shape = (*SEGMENTS.shape, HEADS, VALUE)
+        probe = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
 
-        def total(q, k, v):
-            out = self.attend(q, k, v)
+        def total(*operands):
+            out = self.attend(*operands)
             return (out * probe).sum(), out
 
         gradient = jax.grad(total, argnums=(0, 1, 2), has_aux=True)
@@ -65,7 +66,7 @@ class AttentionContract:
             out_and_gradients[0], expected_attention(*draw()), rtol=1e-5, atol=1e-6
         )
 
-    @pytest.mark.parametrize("operand", range(3), ids=["q", "k", "v"])
+    @pytest.mark.parametrize("operand", range(3), ids=["q", "kv", "rope key"])
     def test_gradients(self, out_and_gradients, operand):
         _, gradients, probe = out_and_gradients
         operands = list(draw())

@@ -11,26 +11,27 @@ from kimi_jax.kernels import api
 from kimi_jax.kernels.mla_attention import cudnn
 from kimi_jax.kernels.mla_attention.residuals import LOGSUMEXP_NAME, OUTPUT_NAME
 
-SCALE = 0.25
+SCALE, ROPE = 0.25, 64
 
 
 def operands(dtype=jnp.bfloat16, key=192, value=128):
-    q, v = (jax.ShapeDtypeStruct((2, 64, 3, width), dtype) for width in (key, value))
-    return q, q, v, jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    shapes = ((3, key), (3, key - ROPE + value), (ROPE,))
+    arrays = [jax.ShapeDtypeStruct((2, 64, *shape), dtype) for shape in shapes]
+    return *arrays, jax.ShapeDtypeStruct((2, 64), jnp.int32)
 
 
 def lowered(function):
     return jax.jit(function).trace(*operands()).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def attend(q, k, v, ids):
-    return api.attention(q, k, v, ids, SCALE, impl="cudnn", packed=False)
+def attend(*operands):
+    return api.latent_attention(*operands, SCALE, impl="cudnn", packed=False)
 
 
 def total(attend):
     """Its gradients, with a cotangent that is not zero."""
     return jax.grad(
-        lambda q, k, v, ids: (attend(q, k, v, ids).astype(jnp.float32) ** 2).sum(),
+        lambda *operands: (attend(*operands).astype(jnp.float32) ** 2).sum(),
         argnums=(0, 1, 2),
     )
 
@@ -51,8 +52,8 @@ def test_results_stand_as_rows():
 
 
 def test_deterministic():
-    def function(q, k, v, ids):
-        return cudnn.attention(q, k, v, ids, SCALE, deterministic=True)
+    def function(*operands):
+        return cudnn.attention(*operands, SCALE, deterministic=True)
 
     assert lowered(total(function)).count(r"force_deterministic\22: true") == 1
 
@@ -67,7 +68,7 @@ def test_saved_names_spare_the_forward_pass(names, calls):
 
 def test_refuses_packed_rows():
     with pytest.raises(UserError, match="packed=False"):
-        jax.eval_shape(lambda *a: api.attention(*a, SCALE, impl="cudnn"), *operands())
+        jax.eval_shape(lambda *a: api.latent_attention(*a, SCALE, impl="cudnn"), *operands())
 
 
 @pytest.mark.parametrize("change", [{"dtype": jnp.float32}, {"key": 260}, {"value": 100}])

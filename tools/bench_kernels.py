@@ -35,7 +35,10 @@ def main() -> None:
     grouped = parser.add_argument_group("of the grouped matmul")
     grouped.add_argument("--rows", type=int, nargs="+", default=[16384, 65536])
     grouped.add_argument("--groups", nargs="+", choices=("skewed", "even"), default=["skewed"])
-    shapes, parts = ("gate_up", "down"), ("few", "products", "scratch", "adapters", "elementwise")
+    shapes, parts = (
+        ("gate_up", "down"),
+        ("few", "products", "scratch", "adapters", "pair", "elementwise"),
+    )
     grouped.add_argument("--shapes", nargs="+", choices=shapes, default=list(shapes))
     grouped.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     options = parser.parse_args()

@@ -31,7 +31,6 @@ def grouped_matmul(
     adapter: GroupedAdapter | None = None,
     impl: GroupedImplementation = "auto",
     layer: Int[Array, ""] | int | None = None,
-    known: Float[Array, "A out"] | None = None,
 ) -> Float[Array, "A out"]:
     """y[a] = x[a] · W[g(a)]ᵀ, plus the adapter of g(a), for rows sorted by group.
 
@@ -44,23 +43,12 @@ def grouped_matmul(
             decodes all groups to bf16 there first; `auto`, see `grouped_matmul.choice`.
         layer: int32, may be traced: the weight's arrays are then stacks with a leading dimension of
             layers, of which this one is multiplied by; `pallas` reads it in place.
-        known: the product, if an earlier call has made it: returned as it is, and differentiated as
-            the product.
 
     Raises:
         UserError: an unknown implementation, or operands that the named one does not take.
     """
     _check(impl, GroupedImplementation)
-    if known is not None:
-        a, b, scale = adapter or (None, None, 0.0)
-
-        def again(x: Array, a: Array | None, b: Array | None) -> Array:
-            factors = None if a is None or b is None else GroupedAdapter(a, b, scale)
-            return grouped_matmul(x, weight, group_sizes_E, factors, impl, layer)
-
-        return recalled(again, known, x_AI, a, b)
-    values = weight.values if isinstance(weight, PackedWeight) else weight
-    assert values.ndim == (3 if layer is None else 4), f"weight {values.shape}, layer {layer}"
+    _check_layers(weight, layer)
     if impl == "auto":
         impl = choose_grouped(x_AI, weight, adapter)
     # Imported when they are asked for: both bring in Mosaic GPU, which a CPU has no use for.
@@ -73,6 +61,57 @@ def grouped_matmul(
 
         return scratch.grouped_matmul(x_AI, weight, group_sizes_E, adapter, layer)
     return grouped_reference.grouped_matmul(x_AI, weight, group_sizes_E, adapter, layer)
+
+
+def grouped_matmul_pair(
+    x_AI: Float[Array, "A in"],
+    weights: tuple[GroupedWeight, GroupedWeight],
+    group_sizes_E: Int[Array, " E"],
+    adapters: tuple[GroupedAdapter | None, GroupedAdapter | None] = (None, None),
+    impl: GroupedImplementation = "auto",
+    layer: Int[Array, ""] | int | None = None,
+    known: tuple[Float[Array, "A out1"], Float[Array, "A out2"]] | None = None,
+) -> tuple[Float[Array, "A out1"], Float[Array, "A out2"]]:
+    """Two `grouped_matmul` of the same rows, as an expert's gate and up.
+
+    `pallas` reads the rows once for both adapters in the forward pass and once in the backward pass,
+    and makes the gradient of the rows in one product, summed in fp32 before it is rounded; the other
+    implementations multiply twice. Arguments are those of `grouped_matmul`, of each product. The
+    adapters may differ in rank, scale and sharing, and either may be missing. Products that an earlier
+    call has made may be given as `known`: they come back as they are, differentiated as products.
+
+    Raises:
+        UserError: an unknown implementation, or operands that the named one does not take.
+    """
+    _check(impl, GroupedImplementation)
+    if known is not None:
+        scales = [adapter and adapter.scale for adapter in adapters]
+        factors = [adapter and (adapter.a, adapter.b) for adapter in adapters]
+
+        def again(x_AI: Array, factors: list[tuple[Array, Array] | None]) -> tuple[Array, Array]:
+            first, second = (
+                pair and GroupedAdapter(*pair, scale or 0.0)
+                for pair, scale in zip(factors, scales, strict=True)
+            )
+            return grouped_matmul_pair(x_AI, weights, group_sizes_E, (first, second), impl, layer)
+
+        return recalled(again, tuple(known), x_AI, factors)
+    for weight in weights:
+        _check_layers(weight, layer)
+    each = tuple(zip(weights, adapters, strict=True))
+    chosen: list[GroupedImplementation] = [
+        choose_grouped(x_AI, *operands) if impl == "auto" else impl for operands in each
+    ]
+    if chosen == ["pallas", "pallas"]:
+        # Imported when it is asked for, as above.
+        from kimi_jax.kernels.grouped_matmul import mosaic
+
+        return mosaic.grouped_matmul_pair(x_AI, weights, group_sizes_E, adapters, layer)
+    first, second = (
+        grouped_matmul(x_AI, weight, group_sizes_E, adapter, name, layer)
+        for (weight, adapter), name in zip(each, chosen, strict=True)
+    )
+    return first, second
 
 
 def latent_attention(
@@ -167,6 +206,11 @@ def linear_cross_entropy(
 
 
 head_logits = cross_entropy_reference.head_logits
+
+
+def _check_layers(weight: GroupedWeight, layer: Array | int | None) -> None:
+    values = weight.values if isinstance(weight, PackedWeight) else weight
+    assert values.ndim == (3 if layer is None else 4), f"weight {values.shape}, layer {layer}"
 
 
 def _check(impl: str, known: Any) -> None:

@@ -76,7 +76,7 @@ class Linear(_Adapted):
     def whole_weight(self) -> Float[Array, "out in"]:
         """The weight with all its rows, gathered if every rank keeps a part of them."""
         weight = self.weight[...]
-        return self.ranks.gather(weight) if self.in_parts else weight
+        return self.ranks.gather_weight(weight) if self.in_parts else weight
 
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         """Activation dtype in and out; products are accumulated in fp32 and rounded once each.

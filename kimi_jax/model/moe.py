@@ -56,7 +56,7 @@ class Router(nnx.Module):
     def __call__(self, x_TD: Float[Array, "tokens D"]) -> Routing:
         """All of it in fp32, as in HF's DeepseekV3TopkRouter; gradients flow through the weights."""
         weight = self.weight[...]
-        weight_ED = self.ranks.gather(weight) if self.in_parts else weight
+        weight_ED = self.ranks.gather_weight(weight) if self.in_parts else weight
         scores = jax.nn.sigmoid(_logits(x_TD, weight_ED))
         choice = jax.lax.stop_gradient(scores + self.e_score_correction_bias[...])
         _, experts = jax.lax.top_k(choice, self.config.num_experts_per_tok)
@@ -137,18 +137,23 @@ class Experts(nnx.Module):
             known: gate and up, where an earlier call has made them from the same rows.
         """
 
-        def project(linear: ExpertLinear, x: Array, known: Array | None = None) -> Array:
-            return kernels.grouped_matmul(
-                x, linear.grouped_weight, group_sizes_E, linear.adapter, layer=layer, known=known
-            )
-
-        gate_AM = project(self.gate_proj, x_AD, known and known.gate)
-        up_AM = project(self.up_proj, x_AD, known and known.up)
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        gate_AM, up_AM = kernels.grouped_matmul_pair(
+            x_AD,
+            (gate.grouped_weight, up.grouped_weight),
+            group_sizes_E,
+            (gate.adapter, up.adapter),
+            layer=layer,
+            known=known,
+        )
         gate_AM = checkpoint_name(gate_AM, EXPERT_GATE)
         up_AM = checkpoint_name(up_AM, EXPERT_UP)
         hidden_AM = jax.nn.silu(gate_AM) * up_AM
         weighted = (hidden_AM.astype(jnp.float32) * weights_A[:, None]).astype(x_AD.dtype)
-        return project(self.down_proj, weighted), Hidden(gate_AM, up_AM)
+        y_AD = kernels.grouped_matmul(
+            weighted, down.grouped_weight, group_sizes_E, down.adapter, layer=layer
+        )
+        return y_AD, Hidden(gate_AM, up_AM)
 
 
 class MixtureOfExperts(nnx.Module):

@@ -117,6 +117,16 @@ class Ranks:
             return jnp.tile(x, (self.expert, *[1] * (x.ndim - 1)))
         return jax.lax.all_gather(x, EXPERT, tiled=True)
 
+    def gather_weight(self, weight: Array) -> Array:
+        """Every expert rank's rows of a weight [out, in].
+
+        Alone, the copies are turned against each other, so that no two rows are equal: a router with
+        equal rows would send each token to all copies of one expert.
+        """
+        if not self.alone or self.expert == 1:
+            return self.gather(weight)
+        return jnp.concatenate([jnp.roll(weight, n, axis=-1) for n in range(self.expert)])
+
     def scatter_sum(self, x: Array) -> Array:
         """The sum over expert ranks, of which each keeps its part of the first dimension."""
         if self.expert == 1:

@@ -1,10 +1,12 @@
 """Latent attention of as many heads as K2 has, on a Hopper GPU: which head is which, and their sum."""
 
-import jax
 import numpy as np
 import pytest
 
+from tests.device import needs
 from tests.device.test_attention import compare
+
+pytestmark = needs.a_hopper_gpu
 
 HEADS, LENGTH = 64, 2048
 LENGTHS = {
@@ -13,7 +15,6 @@ LENGTHS = {
 }
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_output_and_gradients(lengths):
     """A head's tile taken from another, or left out of the shared key's gradient, shows here."""

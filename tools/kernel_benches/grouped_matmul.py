@@ -1,8 +1,9 @@
 """The grouped matmul by packed int4: products, few rows, adapters, what stands between an expert's.
 
 `both` is the forward and the backward pass together, and its note what an adapter adds to the two
-products alone. `gate` is half of `gate_up`, to compare two products with one; `elementwise` notes its
-share of an expert layer, whose six products are the sum of those measured here.
+products alone. `pair` is both for gate and up with adapters, by one call and by two. `gate` is half of
+`gate_up`, to compare two products with one; `elementwise` notes its share of an expert layer, whose six
+products are the sum of those measured here.
 """
 
 import argparse
@@ -90,6 +91,15 @@ class _Bench:
         for shape in self.options.shapes:
             case = (shape, self.least, self.kind)
             bench_adapters(self.table, self.programs, case, self.both(shape))
+
+    def pair(self) -> None:
+        """Gate and up with adapters, in both directions, by one call and by two."""
+        for count in self.options.rows:
+            add_pair(self.programs, count)
+        self.programs.wait()
+        for count in self.options.rows:
+            for kind in self.options.groups:
+                bench_pair(self.table, self.programs, ("gate", count, kind))
 
     def elementwise(self) -> None:
         """The pass between an expert's projections, and gate and up as two products."""
@@ -304,6 +314,70 @@ def bench_adapters(table: Table, programs: Programs, case: Case, plain_s: float)
             temporaries=found.temporaries,
             note=f"+{100 * (found.time_s / plain_s - 1):.1f} %",
             **rates(case, products=2),
+        )
+
+
+def in_one_call(x: Any, weights: Any, sizes: Any, adapters: Any) -> Any:
+    """Gate and up as the model has them."""
+    return api.grouped_matmul_pair(x, weights, sizes, adapters, impl="pallas")
+
+
+def in_two_calls(x: Any, weights: Any, sizes: Any, adapters: Any) -> Any:
+    """The same, with nothing shared."""
+    each = zip(weights, adapters, strict=True)
+    return tuple(api.grouped_matmul(x, w, sizes, a, impl="pallas") for w, a in each)
+
+
+def both_passes(products: Any, x: Any, dys: Any, weights: Any, sizes: Any, factors: Any) -> Any:
+    """The products, and the gradients of the rows and the factors."""
+
+    def forward(x: Any, factors: Any) -> Any:
+        adapters = tuple(GroupedAdapter(a, b, 2.0) for a, b in factors)
+        return products(x, weights, sizes, adapters)
+
+    ys, pullback = jax.vjp(forward, x, factors)
+    return ys, pullback(dys)
+
+
+CALLS = {"two calls": in_two_calls, "one call": in_one_call}
+
+
+def add_pair(programs: Programs, count: int) -> None:
+    """Forward and backward together of two products with adapters."""
+    width_in, out = SHAPES["gate"]
+    pair = tuple(shaped(*each, dtype=jnp.float32) for each in factor_shapes("gate", RANKS[0]))
+    rows, dy = shaped(count, width_in), shaped(count, out)
+    weights = (weight_shape("gate"),) * 2
+
+    for name, products in CALLS.items():
+        operands = rows, (dy, dy), weights, SIZES_SHAPE, (pair, pair)
+        programs.add((name, count), partial(both_passes, products), *operands)
+
+
+def bench_pair(table: Table, programs: Programs, case: Case) -> None:
+    """What `add_pair` added, for one kind of group sizes."""
+    _, count, kind = case
+    width_in, out = SHAPES["gate"]
+    gate, sizes = random_weight(width_in, out), jnp.asarray(group_sizes(count, kind))
+    weights = gate, PackedWeight(gate.values[::-1], gate.scale[::-1])  # no weight is read for both
+    dy = random_rows(count, out)
+    factors = tuple(
+        jax.random.normal(jax.random.key(n), shape) / width_in**0.5
+        for n, shape in enumerate(factor_shapes("gate", RANKS[0]))
+    )
+    two_s = None
+    for name in CALLS:
+        operands = random_rows(count, width_in), (dy, dy), weights, sizes, (factors, factors)
+        found = programs.measure((name, count), *operands)
+        two_s = two_s or found.time_s
+        table.add(
+            f"gate and up, rank {RANKS[0]}",
+            name,
+            f"{count} {kind}",
+            found.time_s,
+            temporaries=found.temporaries,
+            note=f"{100 * (found.time_s / two_s - 1):+.1f} %",
+            **rates(case, products=4),
         )
 
 

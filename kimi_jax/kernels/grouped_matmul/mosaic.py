@@ -1,7 +1,8 @@
 """Grouped matmul by packed int4 weights on Hopper GPUs, differentiable; no dequantised weight exists.
 
 Many rows a group are multiplied by `mosaic_kernel`, few by `thin`; both in either order of the
-weight. An adapter's term is one more step of the former's contraction.
+weight. An adapter's term is one more step of the former's contraction. Two products of the same
+rows share what reads the rows, and their rows' gradient is one product.
 """
 
 from dataclasses import dataclass, replace
@@ -10,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.errors import UserError, listing
-from kimi_jax.kernels.grouped_matmul.derivative import Operands, product
+from kimi_jax.kernels.grouped_matmul.derivative import Operands, factors_of, products
 from kimi_jax.kernels.grouped_matmul.fragments import Order
 from kimi_jax.kernels.grouped_matmul.lanes import CONTRACTION, FEATURES
 from kimi_jax.kernels.grouped_matmul.mosaic_body import Tuning
-from kimi_jax.kernels.grouped_matmul.mosaic_kernel import LowRank, multiply
+from kimi_jax.kernels.grouped_matmul.mosaic_kernel import LowRank, Term, multiply
 from kimi_jax.kernels.grouped_matmul.thin import MOST_ROWS, multiply_few
 from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, PackedWeight
 
@@ -55,11 +56,55 @@ def grouped_matmul(
         UserError: what this kernel does not do.
     """
     packed = check(x_AI, weight, adapter)
-    a, b, scale = adapter or (None, None, 1.0)
     tuning = tuning or _tuning(x_AI.shape[0] / packed.values.shape[-3], adapter is not None)
-    route = _Route(scale, tuning, interpret)
+    (y,) = _products(x_AI, (packed,), group_sizes_E, (adapter,), layer, tuning, interpret)
+    return y
+
+
+def grouped_matmul_pair(
+    x_AI: Float[Array, "A in"],
+    weights: tuple[GroupedWeight, GroupedWeight],
+    group_sizes_E: Int[Array, " E"],
+    adapters: tuple[GroupedAdapter | None, GroupedAdapter | None] = (None, None),
+    layer: Int[Array, ""] | int | None = None,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "A out1"], Float[Array, "A out2"]]:
+    """Two `grouped_matmul` of the same rows; see `kimi_jax.kernels.api.grouped_matmul_pair`.
+
+    Two in fact where either would be multiplied by `thin`, or where the adapters' ranks together
+    are more than 64; by default, `tuning` is what each would have. Arguments and errors are those of
+    `grouped_matmul`.
+    """
+    several = tuple(check(x_AI, *each) for each in zip(weights, adapters, strict=True))
+    tuning = tuning or _tuning(
+        x_AI.shape[0] / group_sizes_E.shape[0], all(adapter is not None for adapter in adapters)
+    )
+    rank = sum(adapter.a.shape[-2] for adapter in adapters if adapter is not None)
+    if tuning is None or rank > LARGEST_RANK:
+        first, second = (
+            grouped_matmul(x_AI, weight, group_sizes_E, adapter, layer, tuning, interpret)
+            for weight, adapter in zip(several, adapters, strict=True)
+        )
+    else:
+        operands = x_AI, several, group_sizes_E, adapters, layer
+        first, second = _products(*operands, tuning, interpret)
+    return first, second
+
+
+def _products(
+    x_AI: Array,
+    weights: tuple[PackedWeight, ...],
+    group_sizes_E: Array,
+    adapters: tuple[GroupedAdapter | None, ...],
+    layer: Array | int | None,
+    tuning: Tuning | None,
+    interpret: bool,
+) -> tuple[Array, ...]:
+    factors, scales = zip(*map(factors_of, adapters), strict=True)
     index = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    return product(route, Operands(x_AI, packed, group_sizes_E, index, a, b))
+    route = _Route(scales, tuning, interpret)
+    return products(route, Operands(x_AI, weights, group_sizes_E, index, factors))
 
 
 def _tuning(rows_per_group: float, adapted: bool) -> Tuning | None:
@@ -105,14 +150,13 @@ def problems_of(
 
 @dataclass(frozen=True)
 class _Route:
-    scale: float
+    scales: tuple[float, ...]
     tuning: Tuning | None  # None: by `thin`
     interpret: bool
 
     def multiply(
         self,
-        x_AC: Array,
-        weight: PackedWeight,
+        terms: tuple[Term, ...],
         group_sizes_E: Array,
         order: Order,
         low_rank: LowRank | None,
@@ -121,8 +165,10 @@ class _Route:
         """The product in one order of the weight."""
         index = 0 if layer is None else layer
         if self.tuning is None:
+            ((x_AC, weight),) = terms
             return multiply_few(x_AC, weight, group_sizes_E, order, index, self.interpret)
         # Fewer stages where the contraction is short.
-        stages = min(self.tuning.stages, x_AC.shape[1] // CONTRACTION - 1)
+        contraction = sum(term.rows.shape[1] for term in terms)
+        stages = min(self.tuning.stages, contraction // CONTRACTION - 1)
         tuning = replace(self.tuning, stages=stages)
-        return multiply(x_AC, weight, group_sizes_E, order, low_rank, index, tuning, self.interpret)
+        return multiply(terms, group_sizes_E, order, low_rank, index, tuning, self.interpret)

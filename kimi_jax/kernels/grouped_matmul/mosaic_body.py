@@ -8,6 +8,7 @@ while the tensor cores still work on the step before.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -50,36 +51,55 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernel's code is specialised for. blocks: of features. steps: of the contraction."""
+    """What the kernel's code is specialised for.
+
+    blocks: of features. steps: of each term's contraction. low_rank: whether there is such a term.
+    """
 
     order: Order
     tuning: Tuning
     blocks: int
-    steps: int
-    out: int
-    width_in: int
+    steps: tuple[int, ...]
+    low_rank: bool
     interpret: bool
 
-    def without_low_rank(
-        self, table: Any, counts: Any, x: Any, values: Any, scale: Any, y: Any, **scratch: Any
-    ) -> None:
-        """The kernel of a product alone."""
-        _Kernel(self, table, counts, x, values, scale, None, None, y, **scratch).run()
+    def run(self, table: Any, counts: Any, *operands: Any, **scratch: Any) -> None:
+        """The kernel. operands: three for each term, two of a low-rank term, the product."""
+        *several, y = operands
+        low, factor = several[-2:] if self.low_rank else (None, None)
+        terms = []
+        for n, steps in enumerate(self.steps):
+            x, values, scale = several[3 * n : 3 * n + 3]
+            terms.append(_Term(x, values, scale, steps))
+        _Kernel(self, table, counts, tuple(terms), low, factor, y, **scratch).run()
 
-    def with_low_rank(
-        self,
-        table: Any,
-        counts: Any,
-        x: Any,
-        values: Any,
-        scale: Any,
-        low: Any,
-        factor: Any,
-        y: Any,
-        **scratch: Any,
-    ) -> None:
-        """The kernel of a product with a low-rank term."""
-        _Kernel(self, table, counts, x, values, scale, low, factor, y, **scratch).run()
+
+@dataclass(frozen=True)
+class _Term:
+    """What is multiplied in so many steps; in global memory."""
+
+    x: Any
+    values: Any  # [layers · E · out, in]
+    scale: Any  # [layers · E · in/32, out]
+    steps: int
+
+    def weight(self, order: Order, group: Any, block: Any, k: Any) -> tuple[Any, Any]:
+        """A step's slices of values and scales for 128 features."""
+        out, width_in = self.scale.shape[1], self.values.shape[1]
+        features = pl.ds(block * FEATURES, FEATURES)
+        contracted = pl.ds(k * CONTRACTION, CONTRACTION)
+        row, scale_row = group * out, group * (width_in // GROUP_SIZE)
+        if order is Order.BY_ROW:
+            scales = CONTRACTION // GROUP_SIZE
+            return (
+                self.values.at[pl.ds(row + block * FEATURES, FEATURES), contracted],
+                self.scale.at[pl.ds(scale_row + k * scales, scales), features],
+            )
+        scales = FEATURES // GROUP_SIZE
+        return (
+            self.values.at[pl.ds(row + k * CONTRACTION, CONTRACTION), features],
+            self.scale.at[pl.ds(scale_row + block * scales, scales), contracted],
+        )
 
 
 @dataclass(frozen=True)
@@ -89,9 +109,7 @@ class _Kernel:
     plan: Plan
     table: Any
     counts: Any  # tiles; the layer's first group
-    x: Any
-    values: Any  # [layers · E · out, in]
-    scale: Any  # [layers · E · in/32, out]
+    terms: tuple[_Term, ...]
     low: Any
     factor: Any
     y: Any
@@ -117,7 +135,7 @@ class _Kernel:
     def for_each_tile(self, work: Callable[..., None]) -> None:
         """Calls work(width, tile, block of features, first step) for this block's share."""
         plan = self.plan
-        steps_of_tile = plan.steps + (self.low is not None)
+        steps_of_tile = sum(plan.steps) + plan.low_rank
 
         def one(item: Any, step: Any) -> Any:
             tile, block = (f(item, jnp.int32(plan.blocks)) for f in (lax.div, lax.rem))
@@ -153,33 +171,18 @@ class _Kernel:
                 plgpu.barrier_arrive(self.full.at[slot])
             step = step + 1
 
-        def one(k: Any, _: None) -> None:
+        def one(term: _Term, step: Any, k: Any, _: None) -> None:
             slot = self.slot(step + k)
             plgpu.barrier_wait(self.empty.at[slot])
-            values, scale = self.of_weight(group, block, k)
+            values, scale = term.weight(self.plan.order, group, block, k)
             plgpu.copy_gmem_to_smem(values, self.values_smem.at[slot], self.full.at[slot])
             plgpu.copy_gmem_to_smem(scale, self.scale_smem.at[slot], self.full.at[slot])
-            move_rows(self.x, k * CONTRACTION, slot)
+            move_rows(term.x, k * CONTRACTION, slot)
 
-        lax.fori_loop(0, self.plan.steps, one, None)
-
-    def of_weight(self, group: Any, block: Any, k: Any) -> tuple[Any, Any]:
-        """A step's slices of values and scales for 128 features."""
-        plan = self.plan
-        features = pl.ds(block * FEATURES, FEATURES)
-        contracted = pl.ds(k * CONTRACTION, CONTRACTION)
-        row, scale_row = group * plan.out, group * (plan.width_in // GROUP_SIZE)
-        if plan.order is Order.BY_ROW:
-            scales = CONTRACTION // GROUP_SIZE
-            return (
-                self.values.at[pl.ds(row + block * FEATURES, FEATURES), contracted],
-                self.scale.at[pl.ds(scale_row + k * scales, scales), features],
-            )
-        scales = FEATURES // GROUP_SIZE
-        return (
-            self.values.at[pl.ds(row + k * CONTRACTION, CONTRACTION), features],
-            self.scale.at[pl.ds(scale_row + block * scales, scales), contracted],
-        )
+        # Those that compute see one contraction, whichever term a step is of.
+        for term in self.terms:
+            lax.fori_loop(0, term.steps, partial(one, term, step), None)
+            step = step + term.steps
 
     def compute(self, width: int, tile: Any, block: Any, step: Any) -> None:
         """Multiplies a tile's operands as slots become full, and stores the product."""
@@ -217,7 +220,7 @@ class _Kernel:
             group = self.table[tile, GROUP] * int(self.factor.shape[0] > 1)
             plgpu.barrier_wait(self.full.at[slot])
             add(slot, self.factor[group, pl.ds(start, WARPGROUP_FEATURES)])
-        lax.fori_loop(0, self.plan.steps, one, None)
+        lax.fori_loop(0, sum(self.plan.steps), one, None)
         product = acc[...].T.astype(jnp.bfloat16)
         first, rows = self.table[tile, FIRST], self.table[tile, ROWS]
         columns = pl.ds(start, WARPGROUP_FEATURES)
@@ -230,6 +233,7 @@ class _Kernel:
     def accumulate(self, acc: Any, width: int, tile: Any, block: Any, step: Any) -> None:
         """`compute` with its accumulator, [64, width]."""
         plan, table = self.plan, self.table
+        steps = sum(plan.steps)
         _, to_read = both_views(self.x_smem, plan.interpret)
         before = int(self.low is not None)
 
@@ -263,8 +267,8 @@ class _Kernel:
             start(-1, weight)
             finish(-1, 0)
         two(jnp.int32(0), True)
-        lax.fori_loop(1, plan.steps // 2, lambda half, _: two(half, False), None)
-        finish(plan.steps - 1, 0)
+        lax.fori_loop(1, steps // 2, lambda half, _: two(half, False), None)
+        finish(steps - 1, 0)
         first, rows = table[tile, FIRST], table[tile, ROWS]
         stage, feature = self.stage_smem, block * FEATURES
         fragments.store_rows(plan.order, acc[...], stage, self.y, first, rows, feature)

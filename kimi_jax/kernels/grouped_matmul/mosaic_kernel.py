@@ -27,6 +27,16 @@ from kimi_jax.kernels.grouped_matmul.schedule import tile_table
 from kimi_jax.kernels.types import PackedWeight
 
 
+class Term(NamedTuple):
+    """Of a sum of products that have the same groups and features: rows [A, C] and their weight.
+
+    The weight: values [E, out, in] and scale [E, in/32, out], or both with a leading layers axis.
+    """
+
+    rows: BFloat16[Array, "A C"]
+    weight: PackedWeight
+
+
 class LowRank(NamedTuple):
     """A low-rank term added to the product: one more step of the contraction.
 
@@ -39,8 +49,7 @@ class LowRank(NamedTuple):
 
 @partial(jax.jit, static_argnames=("order", "tuning", "interpret"))
 def multiply(
-    x_AC: BFloat16[Array, "A C"],
-    weight: PackedWeight,
+    terms: tuple[Term, ...],
     group_sizes_E: Int[Array, " E"],
     order: Order,
     low_rank: LowRank | None = None,
@@ -48,11 +57,12 @@ def multiply(
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> BFloat16[Array, "A features"]:
-    """y[a] = x[a] · W[g(a)]ᵀ (BY_ROW) or x[a] · W[g(a)] (BY_COLUMN), accumulated in fp32.
+    """y[a] = Σ x[a] · W[g(a)]ᵀ (BY_ROW) or Σ x[a] · W[g(a)] (BY_COLUMN), accumulated in fp32.
+
+    The sum is over terms: the contraction runs on from one to the next, and is stored once.
 
     Args:
-        x_AC: rows sorted by group.
-        weight: values [E, out, in] and scale [E, in/32, out], or both with a leading layers axis.
+        terms: rows sorted by group, and weights; all of the same features.
         group_sizes_E: int32, summing to A.
         order: BY_ROW contracts `in`, BY_COLUMN contracts `out`.
         low_rank: added to the product.
@@ -61,21 +71,18 @@ def multiply(
         interpret: run on the CPU, with the work of `fragments` done in plain JAX.
     """
     tuning = tuning or Tuning()
-    groups, out, width_in = weight.values.shape[-3:]
-    features, contraction = (out, width_in) if order is Order.BY_ROW else (width_in, out)
-    steps = contraction // CONTRACTION
-    assert features % FEATURES == 0, f"{features} features"
-    assert contraction % (2 * CONTRACTION) == 0, f"contraction of {contraction}"
+    rows, groups = terms[0].rows.shape[0], group_sizes_E.shape[0]
+    features, steps = _shape(terms, order)
     # One warpgroup is never more than `stages` steps ahead of the other, so it does not reach the
     # next tile's staging area while the other still copies from it.
-    assert steps > tuning.stages, f"{steps} steps, {tuning.stages} stages"
-    table, count = tile_table(group_sizes_E, x_AC.shape[0], tuning.widths)
+    assert sum(steps) > tuning.stages, f"{steps} steps, {tuning.stages} stages"
+    table, count = tile_table(group_sizes_E, rows, tuning.widths)
     first_group = jnp.asarray(layer, jnp.int32) * groups
-    plan = Plan(order, tuning, features // FEATURES, steps, out, width_in, interpret)
+    plan = Plan(order, tuning, features // FEATURES, steps, low_rank is not None, interpret)
     kernel = launch(
-        f"grouped_int4_{order.value}",
-        plan.with_low_rank if low_rank else plan.without_low_rank,
-        jax.ShapeDtypeStruct((x_AC.shape[0], features), jnp.bfloat16),
+        f"grouped_int4_{order.value}" + "_pair" * (len(terms) - 1),
+        plan.run,
+        jax.ShapeDtypeStruct((rows, features), jnp.bfloat16),
         tuning.blocks,
         COMPUTING + 1,
         _scratch(order, tuning, interpret),
@@ -84,11 +91,30 @@ def multiply(
     return kernel(
         table,
         jnp.concatenate([count, first_group.reshape(1)]),
-        x_AC,
-        weight.values.reshape(-1, width_in),
-        weight.scale.reshape(-1, out),
+        *(operand for term in terms for operand in _in_rows(term)),
         *(_operands(low_rank, order, interpret) if low_rank else ()),
     )
+
+
+def _shape(terms: tuple[Term, ...], order: Order) -> tuple[int, tuple[int, ...]]:
+    """The features, and the steps of each term."""
+    by_row = order is Order.BY_ROW
+    shapes = [term.weight.values.shape[-2:] for term in terms]
+    (features,) = {out if by_row else width_in for out, width_in in shapes}
+    assert features % FEATURES == 0, f"{features} features"
+    steps = []
+    for term, (out, width_in) in zip(terms, shapes, strict=True):
+        contraction = width_in if by_row else out
+        assert term.rows.shape[1] == contraction, f"rows {term.rows.shape}, weight {out, width_in}"
+        assert contraction % (2 * CONTRACTION) == 0, f"contraction of {contraction}"
+        steps.append(contraction // CONTRACTION)
+    return features, tuple(steps)
+
+
+def _in_rows(term: Term) -> tuple[Array, Array, Array]:
+    """Rows, values [layers · E · out, in] and scales [layers · E · in/32, out]."""
+    values, scale = (each.reshape(-1, each.shape[-1]) for each in term.weight)
+    return term.rows, values, scale
 
 
 def _operands(low_rank: LowRank, order: Order, interpret: bool) -> tuple[Array, Array]:

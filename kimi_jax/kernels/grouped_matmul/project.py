@@ -1,8 +1,8 @@
-"""Rows times a low-rank factor of their group on Hopper: the narrow product that reads rows once."""
+"""Rows times low-rank factors of their group on Hopper: the narrow product that reads rows once."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -30,31 +30,46 @@ BLOCKS = 264  # two a multiprocessor: together they keep more copies in flight
 STAGES = 6
 
 
+class Narrow(NamedTuple):
+    """A product with few features: rows, C a multiple of 64, and a factor of each group or one for all.
+
+    At most 64 ranks.
+    """
+
+    rows: BFloat16[Array, "A C"]
+    factor: BFloat16[Array, "G R C"]
+
+
 @partial(jax.jit, static_argnames=("scale", "interpret"))
 def project(
-    x_AC: BFloat16[Array, "A C"],
-    factor_GRC: BFloat16[Array, "G R C"],
+    terms: tuple[Narrow, ...],
     group_sizes_E: Int[Array, " E"],
     scale: float,
     interpret: bool = False,
 ) -> BFloat16[Array, "A 64"]:
-    """scale · x[a] · P[g(a)]ᵀ, rounded once, with zeros beyond the rank.
+    """scale · Σ x[a] · P[g(a)]ᵀ over terms, rounded once, with zeros beyond the rank.
 
     Args:
-        x_AC: rows sorted by group, C a multiple of 64.
-        factor_GRC: P of each group, or of one for all; at most 64 rows.
+        terms: rows sorted by group, and their factors P, all of the same rank.
         group_sizes_E: int32, summing to A.
         scale: multiplies the sum.
         interpret: run on the CPU.
     """
-    rows, contraction = x_AC.shape
-    padding = -factor_GRC.shape[1] % 8
-    factor = jnp.pad(factor_GRC, ((0, 0), (0, padding), (0, 0)))
-    groups, rank, _ = factor.shape
+    rows = terms[0].rows.shape[0]
+    (rank,) = {term.factor.shape[1] for term in terms}
+    padding = -rank % 8
+    factors = [jnp.pad(term.factor, ((0, 0), (0, padding), (0, 0))) for term in terms]
+    rank += padding
     table, count = tile_table(group_sizes_E, rows, (TILE,))
-    plan = _Plan(rank, groups == 1, contraction // CONTRACTION, scale, interpret)
+    plan = _Plan(
+        rank,
+        tuple(factor.shape[0] == 1 for factor in factors),
+        tuple(factor.shape[2] // CONTRACTION for factor in factors),
+        scale,
+        interpret,
+    )
     kernel = launch(
-        "grouped_project",
+        "grouped_project" + "_pair" * (len(terms) - 1),
         plan.run,
         jax.ShapeDtypeStruct((rows, CONTRACTION), jnp.bfloat16),
         plan.blocks,
@@ -68,14 +83,21 @@ def project(
         },
         interpret,
     )
-    return kernel(table, count, x_AC, factor.reshape(-1, contraction))
+    return kernel(
+        table,
+        count,
+        *(term.rows for term in terms),
+        *(factor.reshape(-1, factor.shape[2]) for factor in factors),
+    )
 
 
 @dataclass(frozen=True)
 class _Plan:
+    """shared: whether a term's factor is the same for all groups. steps: of a term's contraction."""
+
     rank: int
-    shared: bool
-    steps: int
+    shared: tuple[bool, ...]
+    steps: tuple[int, ...]
     scale: float
     interpret: bool
 
@@ -87,30 +109,32 @@ class _Plan:
         self,
         table: Any,
         count: Any,
-        x: Any,
-        factor: Any,
-        low: Any,
+        *operands: Any,
         x_smem: Any,
         factor_smem: Any,
         full: Any,
         empty: Any,
     ) -> None:
+        *several, low = operands
+        xs, factors = several[: len(self.steps)], several[len(self.steps) :]
         to_write, to_read = both_views(x_smem, self.interpret)
 
         ring = Ring(STAGES, full, empty)
 
         def move(tile: Any, step: Any) -> Any:
-            first = table[tile, FIRST]
-            row = table[tile, GROUP] * (0 if self.shared else self.rank)
+            first, group = table[tile, FIRST], table[tile, GROUP]
 
-            def copy(k: Any, slot: Any, barrier: Any) -> None:
+            def copy(x: Any, factor: Any, row: Any, k: Any, slot: Any, barrier: Any) -> None:
                 columns = pl.ds(k * CONTRACTION, CONTRACTION)
                 x_from = x.at[pl.ds(first, TILE), columns]
                 factor_from = factor.at[pl.ds(row, self.rank), columns]
                 plgpu.copy_gmem_to_smem(x_from, to_write.at[slot], barrier)
                 plgpu.copy_gmem_to_smem(factor_from, factor_smem.at[slot], barrier)
 
-            return ring.fill(step, self.steps, copy)
+            for x, factor, shared, steps in zip(xs, factors, self.shared, self.steps, strict=True):
+                row = group * (0 if shared else self.rank)
+                step = ring.fill(step, steps, partial(copy, x, factor, row))
+            return step
 
         def compute(tile: Any, step: Any) -> Any:
             def accumulate(acc: Any) -> None:
@@ -118,12 +142,12 @@ class _Plan:
                     plgpu.wgmma(acc, to_read.at[slot], factor_smem.at[slot].T)
                     plgpu.wgmma_wait(0)
 
-                ring.use(step, self.steps, work)
+                ring.use(step, sum(self.steps), work)
                 store = _store_plainly if self.interpret else fragments.store_low
                 store(acc[...], low, table[tile, FIRST], table[tile, ROWS], self.scale)
 
             pl.run_scoped(accumulate, Accumulator((TILE, self.rank), jnp.float32))
-            return step + self.steps
+            return step + sum(self.steps)
 
         specialise(
             1,

@@ -14,10 +14,10 @@ from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.int4 import dequantise
-from kimi_jax.kernels.grouped_matmul.derivative import Operands, product
+from kimi_jax.kernels.grouped_matmul.derivative import Operands, factors_of, products
 from kimi_jax.kernels.grouped_matmul.fragments import Order
 from kimi_jax.kernels.grouped_matmul.mosaic import check
-from kimi_jax.kernels.grouped_matmul.mosaic_kernel import LowRank
+from kimi_jax.kernels.grouped_matmul.mosaic_kernel import LowRank, Term
 from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, PackedWeight
 
 _SHAPES: dict[str, Any] = {
@@ -45,27 +45,28 @@ def grouped_matmul(
         UserError: what the packed kernel refuses.
     """
     packed = check(x_AI, weight, adapter)
-    a, b, scale = adapter or (None, None, 1.0)
+    factors, scale = factors_of(adapter)
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
-    operands = Operands(x_AI, packed, group_sizes_E, index, a, b)
-    return product(_Route(scale), operands)
+    operands = Operands(x_AI, (packed,), group_sizes_E, index, (factors,))
+    ys: Any = products(_Route((scale,)), operands)
+    return ys[0]
 
 
 @dataclass(frozen=True)
 class _Route:
-    scale: float
+    scales: tuple[float, ...]
     interpret: bool = False
 
     def multiply(
         self,
-        x_AC: Array,
-        weight: PackedWeight,
+        terms: tuple[Term, ...],
         group_sizes_E: Array,
         order: Order,
         low_rank: LowRank | None,
         layer: Array | None,
     ) -> Array:
         """The product in one order of the weight."""
+        ((x_AC, weight),) = terms
         if layer is not None:
             slices = (jax.lax.dynamic_index_in_dim(v, layer, keepdims=False) for v in weight)
             weight = PackedWeight(*slices)

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rich.console import Console
 
+from kimi_jax.command import run_command
 from kimi_jax.config_file import load_config
 from kimi_jax.planning.memory import read_architecture
 from tools.step_bench import cases
@@ -121,9 +123,9 @@ def traced_json(traced: Traced) -> dict[str, Any]:
     return {"case": traced.of.name} | traced.breakdown.to_json() | program
 
 
-def main(given: list[str] | None = None) -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Reads the command line, measures, prints tables and writes JSON if asked to."""
-    given = sys.argv[1:] if given is None else given
+    given = sys.argv[1:] if given is None else list(given)
     options, console = arguments(given), Console(width=None if sys.stdout.isatty() else 170)
     startup = Startup()
     config = load_config(options.config, options.overrides)
@@ -167,4 +169,4 @@ def main(given: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

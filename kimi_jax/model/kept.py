@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 from kimi_jax.config import Keep
 from kimi_jax.kernels.mla_attention.residuals import LOGSUMEXP_NAME, OUTPUT_NAME
+from kimi_jax.parallel.experts import ORDER
 
 # Always kept. Recomputed in another fusion, a near-tie of the router could choose another expert than
-# in the forward pass. An adapter's rank-wide product is small beside the operand it is made from.
+# in the forward pass. The order of assignments is small beside the sort that makes it, an adapter's
+# rank-wide product beside the operand it is made from.
 ROUTING, LOW_RANK = "chosen_experts", "low_rank"
 
 STREAM = "stream"
@@ -30,4 +32,4 @@ NAMES: dict[Keep, tuple[str, ...]] = {
 
 def names_of(keep: Sequence[Keep]) -> tuple[str, ...]:
     """All names that a checkpoint policy saves."""
-    return (ROUTING, LOW_RANK, *(name for kept in keep for name in NAMES[kept]))
+    return (ROUTING, ORDER, LOW_RANK, *(name for kept in keep for name in NAMES[kept]))

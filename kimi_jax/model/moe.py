@@ -148,7 +148,10 @@ class Experts(nnx.Module):
         )
         gate_AM = checkpoint_name(gate_AM, EXPERT_GATE)
         up_AM = checkpoint_name(up_AM, EXPERT_UP)
-        hidden_AM = jax.nn.silu(gate_AM) * up_AM
+        # Kernels leave rows behind the groups unwritten, and take such rows to be finite: what stands
+        # there is cut off, here and, by this very operation, from the cotangents.
+        real_A = jnp.arange(x_AD.shape[0])[:, None] < group_sizes_E.sum()
+        hidden_AM = jax.nn.silu(jnp.where(real_A, gate_AM, 0)) * jnp.where(real_A, up_AM, 0)
         weighted = (hidden_AM.astype(jnp.float32) * weights_A[:, None]).astype(x_AD.dtype)
         y_AD = kernels.grouped_matmul(
             weighted, down.grouped_weight, group_sizes_E, down.adapter, layer=layer

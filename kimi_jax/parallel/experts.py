@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels.recall import recalled
@@ -26,6 +27,9 @@ from kimi_jax.kernels.token_movement import (
     window_sizes,
 )
 from kimi_jax.parallel.ranks import Ranks
+
+ORDER = "expert_order"
+"""The name under which a checkpoint policy finds the assignments' order."""
 
 Compute = Callable[[Any, Any, Array, Array, Array, Any], tuple[Array, Any]]
 """`(trained, frozen, rows [C, D], routing weights [C], group sizes [e], known) -> rows [C, D], kept`.
@@ -75,6 +79,7 @@ def routed(
     x_ND, weights_NK = ranks.gather_rows(x_ND), ranks.gather_rows(weights_NK)
     here = num_experts // ranks.expert
     order = sort_by_expert(ranks.gather_rows(experts_NK), here, ranks.index() * here)
+    order = Order(*(checkpoint_name(part, ORDER) for part in order))
     assignments = weights_NK.size
     capacity = ranks.buffer_rows(assignments) if ranks.rows == "split" else assignments
     operands = Operands(trained, frozen, x_ND, weights_NK, order)

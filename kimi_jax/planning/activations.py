@@ -56,9 +56,14 @@ class Work:
         return self.tokens * self.ranks.expert
 
     @property
+    def assignments(self) -> int:
+        """Of all tokens that this device's experts see."""
+        return self.gathered * self.config.num_experts_per_tok
+
+    @property
     def buffer(self) -> int:
         """Rows of the expert buffer: assignments that one pass computes."""
-        return self.ranks.buffer_rows(self.gathered * self.config.num_experts_per_tok)
+        return self.ranks.buffer_rows(self.assignments)
 
     def hidden(self, tokens: int) -> int:
         """Bytes of hidden states of so many tokens."""
@@ -73,6 +78,8 @@ def saved(work: Work) -> dict[str, int]:
         "layer inputs": config.num_hidden_layers * work.hidden(work.tokens),
         # Choosing again in another fusion could choose otherwise.
         "router's choice": config.num_moe_layers * work.tokens * config.num_experts_per_tok * INT32,
+        # Of the assignments of all ranks' rows: by expert, and back.
+        "assignments' order": 2 * config.num_moe_layers * work.assignments * INT32,
         "adapters' low-rank products": work.tokens * work.low_rank * work.itemsize,
     }
     terms |= {f"kept: {name}": kept_bytes(work, name) for name in work.keep}

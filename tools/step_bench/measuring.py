@@ -126,8 +126,9 @@ class Bench:
         case = self.cases[rows]
         load = np.asarray(metrics.expert_load)
         rate = case.real_tokens / statistics.median(seconds)
+        train = self.rank.config.train
         flops = token_flops(
-            self.rank.table, self.rank.model, self.rank.config.train.recompute, self.rank.length
+            self.rank.table, self.rank.model, train.recompute, self.rank.length, train.keep
         )
         return Measured(
             routing,

@@ -9,6 +9,7 @@ from kimi_jax.model.config import load_model_config
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURE = ROOT / "configs" / "k2_thinking"
+RECIPE = ROOT / "configs" / "k2_thinking_8xh200.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -18,10 +19,10 @@ def model():
 
 @pytest.fixture(scope="session")
 def on_eight():
-    """`on_eight(override, …)`: the configuration of the run, changed."""
+    """`on_eight(override, …)`: the run with 4 rows a GPU that keeps layers' inputs only, changed."""
 
     def configure(*overrides):
-        path = ROOT / "configs" / "k2_thinking_8xh200.yaml"
-        return load_config(path, [f"model.checkpoint={ARCHITECTURE}", *overrides])
+        plain = ["train.micro_batch=32", "train.keep=[]", "mesh.expert_buffer=1.5"]
+        return load_config(RECIPE, [f"model.checkpoint={ARCHITECTURE}", *plain, *overrides])
 
     return configure

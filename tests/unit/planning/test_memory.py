@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from kimi_jax.config_file import load_config
 from kimi_jax.errors import UserError
 from kimi_jax.model.params import weight_table
 from kimi_jax.planning import plan
@@ -11,6 +12,7 @@ from kimi_jax.planning.flops import token_flops
 from kimi_jax.planning.gpus import find_gpu
 from kimi_jax.planning.memory import sizing_of
 from kimi_jax.planning.options import options
+from tests.unit.planning.conftest import ARCHITECTURE, RECIPE
 
 GIB = 2**30
 
@@ -28,10 +30,11 @@ def test_full_size_on_eight(on_eight):
     sizes = items(found)
     assert sizes["gradients"] == sizes["adapters of experts"] + sizes["other adapters"]
     assert sizes["optimizer moments"] == 2 * sizes["gradients"]
-    # 61 inputs of 8,192 tokens in bf16, which 8 experts each of 60 layers chose, int32, and what 8
-    # adapters of rank 8 in each layer make of the tokens.
+    # 61 inputs of 8,192 tokens in bf16; which 8 experts each of 60 layers chose, int32; the order of all
+    # ranks' assignments and its inverse; what 8 adapters of rank 8 in each layer make of the tokens.
+    chosen, order = 60 * 8192 * 8 * 4, 2 * 60 * 65536 * 8 * 4
     low_rank = 61 * 8 * 8 * 8192 * 2
-    assert sizes["saved activations"] == 61 * 8192 * 7168 * 2 + 60 * 8192 * 8 * 4 + low_rank
+    assert sizes["saved activations"] == 61 * 8192 * 7168 * 2 + chosen + order + low_rank
     assert found.total == sum(sizes.values())
     assert found.program == found.total - sizes["reserve"]
 
@@ -43,6 +46,12 @@ COMPILED = 98.4 * GIB
 
 def test_plan_against_the_compiler(on_eight):
     assert plan(on_eight()).program == pytest.approx(COMPILED, rel=0.10)
+
+
+def test_plan_of_the_recipe_against_the_compiler():
+    """128.2 GiB: `tools/bench_step.py` on one H200, one rank of the eight."""
+    recipe = load_config(RECIPE, [f"model.checkpoint={ARCHITECTURE}"])
+    assert plan(recipe).program == pytest.approx(128.2 * GIB, rel=0.10)
 
 
 def test_parameters(on_eight):

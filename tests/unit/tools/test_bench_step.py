@@ -151,7 +151,7 @@ def test_paths_and_frames_as_the_installed_compiler_writes_them():
 def on_eight():
     config = load_config(
         ROOT / "configs" / "k2_thinking_8xh200.yaml",
-        [f"model.checkpoint={ROOT / 'configs' / 'k2_thinking'}"],
+        [f"model.checkpoint={ROOT / 'configs' / 'k2_thinking'}", "train.micro_batch=32"],
     )
     return make_rank(config, load_model_config(config.model.checkpoint))
 

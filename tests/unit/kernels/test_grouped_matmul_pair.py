@@ -15,8 +15,9 @@ import pytest
 
 from kimi_jax.errors import UserError
 from kimi_jax.kernels import api
-from kimi_jax.kernels.grouped_matmul import choice, mosaic
+from kimi_jax.kernels.grouped_matmul import mosaic
 from kimi_jax.kernels.grouped_matmul.mosaic_body import Tuning
+from kimi_jax.kernels.say import say_once
 from kimi_jax.kernels.target import compiling_for
 from kimi_jax.kernels.types import GroupedAdapter, PackedWeight
 from tests.unit.kernels.test_grouped_matmul import equations
@@ -172,7 +173,7 @@ def test_the_reference_multiplies_twice():
 
 def test_auto_takes_the_pair_only_if_both_products_would_be_pallas(monkeypatch):
     """On a Hopper GPU; fails if one product's operands decide for both."""
-    choice._say.cache_clear()
+    say_once.cache_clear()
     ran = []
     monkeypatch.setattr(mosaic, "grouped_matmul_pair", lambda x, *_: ran.append("pair") or (x, x))
     monkeypatch.setattr(mosaic, "grouped_matmul", lambda x, *_: ran.append("pallas") or x)

@@ -30,6 +30,15 @@ def random_base(model_def: ModelDef, seed: int = 0) -> dict[str, Any]:
     return {path: _made(arrays[path], ranks, seed) for path in model_def.base_shapes}
 
 
+def factor_shapes(model_def: ModelDef) -> dict[str, tuple[int, ...]]:
+    """Shapes of one rank's parts of the adapters' factors, by path."""
+    shape_of_mesh = model_def.settings.ranks.mesh_shape
+    return {
+        path: local_shape(path, leaf.shape, model_def.adapter_specs[path], shape_of_mesh)
+        for path, leaf in model_def.adapter_shapes.items()
+    }
+
+
 def _made(array: BaseArray, ranks: Ranks, seed: int) -> Any:
     local = local_shape(array.path, array.shape, array.spec, ranks.mesh_shape)
     dtype = _dtype(array)

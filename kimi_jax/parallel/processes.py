@@ -130,15 +130,11 @@ def on_first(action: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
-def largest(number: int) -> int:
-    """The largest of the processes' numbers, which all learn: how they agree to stop."""
-    return largest_soon(number)()
-
-
 def largest_soon(number: int) -> Callable[[], int]:
-    """The same, asked now and awaited when what is returned is called.
+    """The largest of the processes' numbers, which all learn: how they agree to stop.
 
-    Devices exchange the numbers behind what they were given before, and ahead of what comes after.
+    Asked now, awaited when what is returned is called. Devices exchange the numbers behind what they
+    were given before, and ahead of what comes after.
     """
     if count() == 1:
         return lambda: number

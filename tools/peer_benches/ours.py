@@ -22,11 +22,10 @@ from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.layer import Layer, scan_stack
 from kimi_jax.model.transformer import ModelDef
 from kimi_jax.parallel.ranks import abstract_ranks
-from kimi_jax.parallel.sharding import local_shape
 from kimi_jax.planning.memory import read_architecture
 from kimi_jax.training.structure import model_of
 from tools.peer_benches.case import SCALE, Case, Sizes, assignments_here, useful_operations
-from tools.random_base import random_base
+from tools.random_base import factor_shapes, random_base
 
 GIB = 2**30
 WARM_UP = 2
@@ -90,11 +89,8 @@ def one_layer(config: RunConfig, model: ModelConfig) -> ModelDef:
 
 def random_adapters(model_def: ModelDef) -> dict[str, Array]:
     """This rank's factors, on the device."""
-    ranks = model_def.settings.ranks
     adapters = {}
-    for number, (path, leaf) in enumerate(model_def.adapter_shapes.items()):
-        spec = model_def.adapter_specs[path]
-        shape = local_shape(path, leaf.shape, spec, {"expert": ranks.expert, "data": ranks.data})
+    for number, (path, shape) in enumerate(factor_shapes(model_def).items()):
         typical = shape[-1] ** -0.5 if path.endswith("lora_A") else 0.1 * shape[-1] ** -0.5
         adapters[path] = typical * jax.random.normal(jax.random.key(number, impl="rbg"), shape)
     return adapters

@@ -12,7 +12,6 @@ from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.params import Weight, weight_table
 from kimi_jax.model.transformer import ModelDef
 from kimi_jax.parallel.ranks import Ranks, abstract_ranks
-from kimi_jax.parallel.sharding import local_shape
 from kimi_jax.planning.compiled import CompiledStep
 from kimi_jax.planning.gpus import DEFAULT, Gpu, find_gpu, known_gpus
 from kimi_jax.planning.memory import MemoryPlan, plan_sizing, sizing_of
@@ -20,7 +19,7 @@ from kimi_jax.training.absent import report_of
 from kimi_jax.training.optimizer import make_optimizer
 from kimi_jax.training.step import TrainState, init_state, make_train_step
 from kimi_jax.training.structure import model_of
-from tools.random_base import random_base
+from tools.random_base import factor_shapes, random_base
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,10 @@ def with_rows(config: RunConfig, length: int, tokens: int) -> RunConfig:
 
 def make_state(rank: Rank) -> TrainState:
     """This rank's factors, A small and B zero, and an optimizer that has made no update."""
-    shapes = rank.ranks.mesh_shape
 
     def adapters() -> dict[str, Any]:
         made = {}
-        for number, (path, leaf) in enumerate(rank.model_def.adapter_shapes.items()):
-            shape = local_shape(path, leaf.shape, rank.model_def.adapter_specs[path], shapes)
+        for number, (path, shape) in enumerate(factor_shapes(rank.model_def).items()):
             key = jax.random.key(number, impl="rbg")
             small = path.endswith("lora_A")
             made[path] = 0.01 * jax.random.normal(key, shape) if small else jnp.zeros(shape)

@@ -18,7 +18,13 @@ def look_up(
     """
     if ranks.expert == 1:
         return table_VD[ids_N].astype(dtype)
-    here = ranks.gather_rows(ids_N) - ranks.index() * table_VD.shape[0]
+    gathered = ranks.gather_rows(ids_N)
+    part = ranks.index()
+    if ranks.alone:
+        # The n-th copy of the rows is looked up as by the n-th rank, so that each id is found once. A
+        # row of zeros would not do: a norm multiplies its gradient by 1/√eps, layer upon layer.
+        part = jnp.arange(gathered.shape[0]) // ids_N.shape[0]
+    here = gathered - part * table_VD.shape[0]
     ours = (here >= 0) & (here < table_VD.shape[0])
     rows = jnp.where(ours[:, None], table_VD[jnp.where(ours, here, 0)].astype(dtype), 0)
     return ranks.return_rows(rows)

@@ -229,7 +229,8 @@ def _dispatch_window_backward(
     k: int, _: int, impl: Implementation, saved: tuple[Order, Array], dy_CD: Array
 ) -> tuple[Array, None, None]:
     order, start = saved
-    return combine_window(dy_CD, order, k, start, impl), None, None
+    # A start that is a constant comes back as NumPy's.
+    return combine_window(dy_CD, order, k, jnp.asarray(start), impl), None, None
 
 
 def _combine_window_forward(
@@ -244,6 +245,7 @@ def _combine_window_backward(
     k: int, impl: Implementation, saved: tuple[Order, Array, Array], dy_TD: Array
 ) -> tuple[Array, None, None]:
     order, start, rows = saved
+    start = jnp.asarray(start)  # as above
     return dispatch_window(dy_TD, order, k, start, rows.shape[0], impl), None, None
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from kimi_jax.config_file import load_config
 from kimi_jax.model.config import load_model_config
 from kimi_jax.parallel.sharding import local_shape
 from kimi_jax.planning.arrays import ADAPTERS, adapter_bytes
+from kimi_jax.training.step import make_gradients
 from tests.unit.support import tiny_run, write_tiny_checkpoint
 from tools import bench_step
 from tools.step_bench import cases, measuring, parts
@@ -23,7 +25,7 @@ from tools.step_bench.loads import loads
 from tools.step_bench.machine import Startup
 from tools.step_bench.parts import BACKWARD, FORWARD, ONCE, RECOMPUTED, part, phase
 from tools.step_bench.program import Origin, by_kernel, origins
-from tools.step_bench.rank import make_rank, with_rows
+from tools.step_bench.rank import make_rank, make_state, with_rows
 from tools.step_bench.trace import Event, break_down
 
 ROOT = Path(__file__).parents[3]
@@ -268,6 +270,21 @@ def host_base(rank):
         drawn = rng.integers(-8, 8, shape) if path.endswith("values") else rng.normal(0, 0.1, shape)
         base[path] = jnp.asarray(drawn * ("bias" not in path), leaf.dtype)
     return base
+
+
+def test_the_gradient_of_a_deep_rank_is_finite(tmp_path):
+    """Whatever stands in for the other ranks must not make derivatives that grow from layer to layer."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1)
+    run = tiny_run(tmp_path, checkpoint, train__sequence_length=16, lora__targets=["attention"])
+    config = load_config(run | {"mesh": {"expert": 2, "expert_buffer": 2.0}})
+    deep = replace(load_model_config(checkpoint), num_hidden_layers=24)
+    rank = make_rank(config, deep)
+    batch = {field: jnp.asarray(v) for field, v in cases.make_case(rank, "constant").batch.items()}
+    gradients = jax.jit(make_gradients(rank.model_def, 16))
+    sums = gradients(make_state(rank).adapters, host_base(rank), batch).sums
+    norms = {path: float(jnp.linalg.norm(value)) for path, value in sums.items()}
+    assert all(np.isfinite(norm) for norm in norms.values()), norms
+    assert any(norm > 0 for norm in norms.values())
 
 
 def test_a_whole_run(tmp_path, capsys, monkeypatch):

@@ -18,6 +18,7 @@ Recompute = Literal["none", "layer"]
 Keep = Literal["stream", "latents", "attention", "feed_forward", "expert_gate", "expert_up"]
 ExpertFactors = Literal["per_expert", "shared"]
 Rest = Literal["sharded", "replicated"]
+Exchange = Literal["sums", "copies"]
 ActivationDtype = Literal["float32", "bfloat16"]
 
 
@@ -197,10 +198,25 @@ class MeshSection(Section):
         default=1.5,
         description="rows an expert pass holds, times a device's mean; what is beyond takes more passes",
     )
+    exchange: Exchange = Field(
+        default="sums",
+        description="how rows come back: summed on the way, or copied and summed on arrival",
+    )
     half_batches: Literal[1, 2] = Field(
         default=1,
-        description="2: a device's rows in two halves, one travels while the other computes",
+        description="2: a device's rows in two parts, one travels while the other computes",
     )
+
+    def problem_of(self, rows: int) -> str | None:
+        """What a number of rows of all devices would have to be, if it cannot be spread over them."""
+        devices = f"mesh.expert × mesh.data = {self.expert} × {self.data}"
+        count = self.expert * self.data
+        if rows % count:
+            return f"a multiple of {devices} = {count}, so that every device has as many rows"
+        if rows < count * self.half_batches:
+            least = count * self.half_batches
+            return f"at least {devices} × mesh.half_batches = {self.half_batches}, which is {least}"
+        return None
 
 
 class RunConfig(Section):
@@ -216,14 +232,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rows_divide(self) -> Self:
-        mesh, rows = self.mesh, self.train.micro_batch
-        parts = mesh.expert * mesh.data * mesh.half_batches
-        if rows % parts:
-            raise ValueError(
-                f"train.micro_batch is {rows}; it must be a multiple of mesh.expert × mesh.data × "
-                f"mesh.half_batches = {mesh.expert} × {mesh.data} × {mesh.half_batches} = {parts}, so "
-                "that every device has the same number of rows"
-            )
+        rows = self.train.micro_batch
+        if problem := self.mesh.problem_of(rows):
+            raise ValueError(f"train.micro_batch is {rows}; it must be {problem}")
         return self
 
     @model_validator(mode="after")

@@ -88,7 +88,7 @@ class Transformer(nnx.Module):
             parts = 1 if whole else self.settings.half_batches
             if parts == 1 or not isinstance(layer.mlp, MixtureOfExperts):
                 return layer(x, positions_BT, segment_ids_BT, number, whole)
-            cut = [jnp.split(v, parts) for v in (x, positions_BT, segment_ids_BT)]
+            cut = [jnp.array_split(v, parts) for v in (x, positions_BT, segment_ids_BT)]
             done = [layer(x, pos, seg, number) for x, pos, seg in zip(*cut, strict=True)]
             outputs, loads = zip(*done, strict=True)
             return jnp.concatenate(outputs), jnp.stack(loads).sum(axis=0)

@@ -94,10 +94,8 @@ def _narrow(key: str, array: np.ndarray) -> np.ndarray:
 
 def check_rows(rows: int, mesh: MeshSection) -> None:
     """Refuses a batch that cannot be spread evenly over the devices."""
-    parts = mesh.expert * mesh.data * mesh.half_batches
-    if rows % parts:
+    if problem := mesh.problem_of(rows):
         raise UserError(
-            f"the batch has {rows} rows; required: a multiple of mesh.expert × mesh.data × "
-            f"mesh.half_batches = {mesh.expert} × {mesh.data} × {mesh.half_batches} = {parts}; rows of "
-            "padding (segment_ids and loss_weights 0) may fill it up"
+            f"the batch has {rows} rows; required: {problem}; rows of padding (segment_ids and "
+            "loss_weights 0) may fill it up"
         )

@@ -1,6 +1,6 @@
 """kimi_jax: the model's own mixture-of-experts layer in its own loop over layers, forward and backward.
 
-With the recipe's recompute policy, and random values for all adapters and for the output's gradient.
+Random values for all adapters and for the output's gradient.
 Gradients are those of the adapters and of the layer's input.
 """
 
@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from kimi_jax.config import RunConfig
 from kimi_jax.config_file import load_config
+from kimi_jax.kernels.hopper import compiler_options
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.layer import Layer, scan_stack
 from kimi_jax.model.transformer import ModelDef
@@ -32,14 +33,29 @@ WARM_UP = 2
 KERNELS = "mosaic_gpu"  # of the program that has the Hopper kernels in it
 
 
+NOTHING = ("train.recompute=none", "train.keep=[]")
+
+
 def measure(case: Case) -> dict[str, Any]:
+    """The layer by itself, with nothing computed twice; and as the recipe recomputes it in a deep model."""
+    recipe = run_config(case)
+    again = measure_as(recipe, case)
+    alone = measure_as(run_config(replace(case, overrides=(*case.overrides, *NOTHING))), case)
+    kept = ", ".join(recipe.train.keep) or "nothing"
+    return alone | {
+        "recomputed": {name: again[name] for name in ("ms", "peak_gib", "seconds_to_compile")},
+        "how": f"nothing recomputed; as the recipe: recompute {recipe.train.recompute}, keep {kept}",
+    }
+
+
+def measure_as(config: RunConfig, case: Case) -> dict[str, Any]:
     """Makes the layer, compiles it, runs it."""
-    config = run_config(case)
     model_def = one_layer(config, read_architecture(config))
     base, adapters = random_base(model_def), random_adapters(model_def)
     x, dy = random_rows(case, model_def)
     began = perf_counter()
-    program = jax.jit(layer_gradients(model_def)).lower(adapters, base, x, dy).compile()
+    program = jax.jit(layer_gradients(model_def), compiler_options=compiler_options())
+    program = program.lower(adapters, base, x, dy).compile()
     compiling = perf_counter() - began
     took, (y, gradients, loads) = timed(program, (adapters, base, x, dy), case.calls)
     for leaf in jax.tree.leaves((y, gradients)):
@@ -54,7 +70,6 @@ def measure(case: Case) -> dict[str, Any]:
         "operations": useful_operations(sizes, case.tokens, here),
         "loads": chosen,
         "assignments": here,
-        "how": f"recompute: {config.train.recompute}",
         "kernels": "Hopper" if KERNELS in (program.as_text() or "") else "reference",
         "seconds_to_compile": compiling,
         "peak_of_process_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)

@@ -85,7 +85,7 @@ OVERRIDES = {
     ),
     "rows on a mesh": (
         ["mesh.expert=3"],
-        ["it must be a multiple of mesh.expert × mesh.data × mesh.half_batches = 3 × 1 × 1 = 3"],
+        ["it must be a multiple of mesh.expert × mesh.data = 3 × 1 = 3"],
     ),
     "experts on a mesh": (
         ["mesh.expert=3", "train.micro_batch=3"],

@@ -40,6 +40,10 @@ def trainers(checkpoint, tmp_path_factory, light_compiler):
     }
 
 
+OWN_BIAS = {}  # the checkpoint's, by trainer
+HALVES = {"expert": 4, "expert_buffer": 0.3, "half_batches": 2, "exchange": "copies"}
+
+
 def begin(trainer, routing):
     """Adapters that change the model, the same on every mesh, and a routing."""
     rng = np.random.default_rng(1)
@@ -52,25 +56,26 @@ def begin(trainer, routing):
     }
     trainer.state = init_state(adapters, trainer._programs.optimizer, trainer.ranks)
     trainer._accumulated = None
+    own = OWN_BIAS.setdefault(trainer, trainer.base[BIAS])
     bias = ROUTINGS[routing]
     if bias is not None:
-        shape, spec = trainer.base[BIAS].shape, trainer.model_def.base_specs[BIAS]
-        bias = np.broadcast_to(bias, shape).astype(np.float32)
-        trainer.base[BIAS] = trainer.ranks.put(bias, spec)
+        spec = trainer.model_def.base_specs[BIAS]
+        own = trainer.ranks.put(np.broadcast_to(bias, own.shape).astype(np.float32), spec)
+    trainer.base[BIAS] = own
 
 
-def batches():
+def batches(rows=ROWS):
     """Full rows, rows of several documents, and padding."""
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
-        ends = np.sort(rng.integers(1, LENGTH, (ROWS, 2)), axis=1)
+        ends = np.sort(rng.integers(1, LENGTH, (rows, 2)), axis=1)
         place = np.arange(LENGTH)
         segments = 1 + (place >= ends[:, :1]) + (place >= ends[:, 1:])
         segments[0, LENGTH // 2 :] = 0
         starts = np.where(segments == 2, ends[:, :1], np.where(segments == 3, ends[:, 1:], 0))
         yield {
-            "tokens": rng.integers(0, 1000, (ROWS, LENGTH)).astype(np.int32),
-            "loss_weights": (rng.random((ROWS, LENGTH)) * (segments > 0)).astype(np.float32),
+            "tokens": rng.integers(0, 1000, (rows, LENGTH)).astype(np.int32),
+            "loss_weights": (rng.random((rows, LENGTH)) * (segments > 0)).astype(np.float32),
             "segment_ids": segments.astype(np.int32),
             "positions": (place - starts).astype(np.int32),
         }
@@ -79,19 +84,32 @@ def batches():
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_losses_and_gradients(trainers, routing):
     """1e-5 relative: sums of fp32 numbers in another order; a dropped or doubled token is 1e-3."""
+    compare(trainers["eight"], trainers["one"], routing, list(batches()))
+
+
+def compare(mesh, one, routing, given):
+    """The losses of all batches, and the gradients of the first."""
     losses, gradients = {}, {}
-    for name, trainer in trainers.items():
+    for trainer in (mesh, one):
         begin(trainer, routing)
-        losses[name] = []
-        for batch in batches():
-            losses[name].append(trainer.forward_backward(batch)["loss"])
-            gradients.setdefault(name, trainer.gradients())
+        losses[trainer] = []
+        for batch in given:
+            losses[trainer].append(trainer.forward_backward(batch)["loss"])
+            gradients.setdefault(trainer, trainer.gradients())
             trainer.optim_step()
-    np.testing.assert_allclose(losses["eight"], losses["one"], rtol=1e-5)
-    assert gradients["eight"].keys() == gradients["one"].keys()
-    for path, wanted in gradients["one"].items():
-        found = gradients["eight"][path]
+    np.testing.assert_allclose(losses[mesh], losses[one], rtol=1e-5)
+    assert gradients[mesh].keys() == gradients[one].keys()
+    for path, wanted in gradients[one].items():
+        found = gradients[mesh][path]
         assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max(), path
+
+
+def test_parts_of_two_rows_and_one_that_travel_by_copies(trainers, checkpoint, tmp_path):
+    """Three rows on each of four devices; nothing is summed on the way."""
+    write_rows(tmp_path / "train.jsonl")
+    given = tiny_run(tmp_path, checkpoint, train__micro_batch=12, train__learning_rate=1e-3)
+    halves = Trainer(given | {"mesh": HALVES})
+    compare(halves, trainers["one"], "natural", list(batches(12))[:2])
 
 
 def test_the_state_stays_where_it_is(trainers):
@@ -141,7 +159,7 @@ def test_load_on_a_mesh(checkpoint, trainers):
     [
         ({"expert": 3}, "train.micro_batch is 8; it must be a multiple"),
         ({"expert": 16}, "train.micro_batch is 8; it must be a multiple"),
-        ({"expert": 8, "half_batches": 2}, "8 × 1 × 2 = 16"),
+        ({"expert": 8, "half_batches": 2}, "8 × 1 × mesh.half_batches = 2, which is 16"),
         ({"expert": 8, "rest": "halved"}, "mesh.rest"),
     ],
 )

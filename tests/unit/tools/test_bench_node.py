@@ -3,6 +3,7 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ from tools.step_bench.loads import loads
 from tools.step_bench.overlap import Overlap, overlap
 from tools.step_bench.parts import FORWARD, ONCE
 from tools.step_bench.rank import make_rank, make_state
-from tools.step_bench.trace import Event, break_down, exchanges, is_exchange
+from tools.step_bench.trace import Event, break_down, events_of, exchanges, is_exchange
 
 ROOT = Path(__file__).parents[3]
 
@@ -103,6 +104,31 @@ def test_exchanges_beside_computation_are_not_counted_twice():
     spans, kernels = exchanges(events)
     assert spans == Overlap(6.5, 3.0, 5.0, 2.5, 2.5, 1.0)
     assert kernels["ncclDevKernel_AllGather"] == (4.0, 1)
+
+
+def test_events_are_told_apart_by_gpu():
+    def plane(name, *lines):
+        return SimpleNamespace(name=name, lines=lines)
+
+    def line(name, *kernels):
+        events = [
+            SimpleNamespace(name=k, start_ns=2e9, duration_ns=5e8, stats=[("hlo_op", "add.1")])
+            for k in kernels
+        ]
+        return SimpleNamespace(name=name, events=events)
+
+    planes = [
+        plane("/device:GPU:1", line("Stream #7(Compute)", "b"), line("Stream #9(Memcpy)", "c")),
+        plane("/host:CPU", line("Stream of nothing", "d")),
+        plane("/device:GPU:0", line("Stream #7(Compute)", "a"), line("XLA Ops", "a")),
+        plane("/device:GPU:2", line("XLA Modules", "e")),
+    ]
+    found = events_of(SimpleNamespace(planes=planes))
+    assert {number: [e.kernel for e in events] for number, events in found.items()} == {
+        0: ["a"],
+        1: ["b", "c"],
+    }
+    assert found[0][0] == Event("a", 2.0, 0.5, "add.1")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,15 +24,17 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import jax
 import numpy as np
-from synthetic_checkpoint import sized_config, write_checkpoint
 
 from kimi_jax.parallel.mesh import make_mesh
 from kimi_jax.parallel.ranks import ONE_DEVICE, Ranks
 from kimi_jax.weights import load
 from kimi_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from kimi_jax.weights.reader import INDEX
+from tools.synthetic_checkpoint import sized_config, write_checkpoint
 
 RAW_THREADS = (4, 8, 16, 32)
 RAW_BLOCK = 16 << 20
@@ -130,13 +133,22 @@ def timed_import(checkpoint: Checkpoint, ranks: Ranks) -> tuple[float, dict[str,
     return seconds, memory
 
 
-def measure(directory: Path, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]:
-    """Everything, in the order cold, warm."""
+def measure(
+    directory: Path, ranks: Ranks, say: Callable[[str], None], result: dict[str, Any]
+) -> None:
+    """Everything, in the order cold, warm.
+
+    Args:
+        directory: of the checkpoint.
+        ranks: where it is imported to.
+        say: told each of the two when it is in `result`.
+        result: gets what was measured.
+    """
     checkpoint = open_checkpoint(directory)
     files = sorted({entry.file for entry in checkpoint.entries.values()})
     size = sum(path.stat().st_size for path in files)
     jax.block_until_ready(jax.numpy.zeros(1) + 1)  # the device's own start is not the import's
-    result: dict[str, Any] = {
+    result |= {
         "gb": round(size / 1e9, 2),
         "files": len(files),
         "tensors": len(checkpoint.tensors),
@@ -169,7 +181,6 @@ def measure(directory: Path, ranks: Ranks, say: Callable[[str], None]) -> dict[s
             "beyond_baseline": memory,
         }
         say(f"{name}: {json.dumps(result[name])}")
-    return result
 
 
 def _resident() -> int:
@@ -201,7 +212,8 @@ def main() -> None:
         print(f"wrote {total / 1e9:.2f} GB in {seconds:.1f} s", flush=True)
     n = options.expert
     ranks = ONE_DEVICE if n == 1 else Ranks(n, 1, make_mesh(n))
-    result = measure(options.directory, ranks, lambda line: print(line, flush=True))
+    result: dict[str, Any] = {}
+    measure(options.directory, ranks, lambda line: print(line, flush=True), result)
     print(json.dumps({k: v for k, v in result.items() if k not in ("cold", "warm")}))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

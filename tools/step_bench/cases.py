@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-import jax
 import numpy as np
 
 from kimi_jax.data.chat import Example
@@ -21,6 +20,7 @@ ROUTINGS, ROWS = ("natural", "skewed"), ("constant", "packed")
 BIAS = "moe_layers.mlp.gate.e_score_correction_bias"
 # Documents: log-normal lengths. With this width the longest hundredth holds about a tenth of the tokens.
 MEDIAN, SIGMA, SHORTEST = 600, 1.0, 16
+DOCUMENTS = 4096  # for each rank; they are seen again when they are used up
 SETTLED, SEEN = (
     16,
     48,
@@ -46,15 +46,21 @@ HOW = {
 
 @dataclass(frozen=True)
 class Case:
-    """A batch [micro-batches, B, T] with its name; host arrays."""
+    """A batch [micro-batches, B, T] with its name; host arrays, B the rows of all `ranks`."""
 
     rows: str
     batch: Mapping[str, np.ndarray]
+    ranks: int = 1
 
     @property
     def real_tokens(self) -> int:
         """Of a step: all but padding."""
         return int((self.batch["segment_ids"] > 0).sum())
+
+    @property
+    def tokens_a_rank(self) -> float:
+        """The same, of the mean rank."""
+        return self.real_tokens / self.ranks
 
     @property
     def documents(self) -> list[int]:
@@ -89,8 +95,8 @@ def document_lengths(count: int, longest: int, seed: int = 0) -> np.ndarray:
 
 
 def make_case(rank: Rank, rows: str) -> Case:
-    """This rank's rows of one step."""
-    shape = (rank.config.train.accumulate, rank.rows, rank.length)
+    """The rows of one step of the ranks at hand, no two alike."""
+    shape = (rank.config.train.accumulate, rank.rows * rank.here, rank.length)
     vocabulary = rank.model.vocab_size
     if rows == "constant":
         tokens = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
@@ -104,14 +110,16 @@ def make_case(rank: Rank, rows: str) -> Case:
                 "positions": positions,
                 "segment_ids": ones,
             },
+            rank.here,
         )
-    lengths = document_lengths(4096, rank.length)
+    lengths = document_lengths(DOCUMENTS * rank.here, rank.length)
     documents: Any = _Documents(lengths, vocabulary, rank.length)
     batches = iter(packed_batches(documents, shape[0] * shape[1], 0, True, True, True))
     seen = [next(batches) for _ in range(SETTLED + SEEN)][SETTLED:]
     filled = [(batch["segment_ids"] > 0).sum() for batch in seen]
     typical = int(np.abs(np.subtract(filled, np.mean(filled))).argmin())
-    return Case(rows, {key: value.reshape(shape) for key, value in seen[typical].items()})
+    batch = {key: value.reshape(shape) for key, value in seen[typical].items()}
+    return Case(rows, batch, rank.here)
 
 
 def skewed_bias(model: ModelConfig, ranks: int, seed: int = 0) -> np.ndarray:
@@ -139,7 +147,7 @@ def routed_base(rank: Rank, base: dict[str, Any], routing: str) -> dict[str, Any
         return base
     bias = skewed_bias(rank.model, rank.ranks.expert)
     assert base[BIAS].shape == bias.shape
-    return base | {BIAS: jax.device_put(bias)}
+    return base | {BIAS: rank.ranks.put(bias, rank.model_def.base_specs[BIAS])}
 
 
 def _score(chosen: float) -> float:

@@ -1,4 +1,4 @@
-"""What this rank's experts received, against the mean rank's part."""
+"""What a rank's experts received, against the mean rank's part."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from tools.step_bench.rank import Rank
 
 @dataclass(frozen=True)
 class Loads:
-    """Assignments of one micro-batch to this rank's experts, by layer, padding's left out.
+    """Assignments of one micro-batch to one rank's experts, by layer, padding's left out.
 
     received: from all ranks' rows [layers]. mean: what the mean rank receives. passes: over the expert
-    buffer [layers]. busiest, idlest: of this rank's experts, of the mean expert's, worst layer.
+    buffer [layers]. busiest, idlest: of the rank's experts, of the mean expert's, worst layer.
     """
 
     received: np.ndarray
@@ -39,20 +39,22 @@ class Loads:
         }
 
 
-def loads(rank: Rank, expert_load: np.ndarray, real_tokens: int) -> Loads:
+def loads(rank: Rank, expert_load: np.ndarray, real_tokens: int, number: int = 0) -> Loads:
     """Reads a step's metrics.
 
     Args:
         rank: alone, it owns the first experts, and what it would gather are copies of its own rows.
-        expert_load: [layers, experts], assignments of this rank's rows in one step.
-        real_tokens: of this rank in one step.
+        expert_load: [layers, experts], assignments of the rows of the ranks at hand in one step.
+        real_tokens: of those rows.
+        number: of the rank whose experts are meant.
     """
     model, ranks = rank.model, rank.ranks
     steps = rank.config.train.accumulate
     here = model.n_routed_experts // ranks.expert
-    mine = ranks.expert * np.asarray(expert_load)[:, :here] / steps
+    copies = ranks.expert / rank.here  # of replicas, the mean
+    mine = copies * np.asarray(expert_load)[:, number * here : (number + 1) * here] / steps
     received = mine.sum(axis=1)
-    mean = real_tokens / steps * model.num_experts_per_tok
+    mean = copies * real_tokens / steps * model.num_experts_per_tok / ranks.expert
     parts = rank.config.mesh.half_batches
     gathered = rank.tokens * ranks.expert * model.num_experts_per_tok // parts
     passes = np.maximum(1, np.ceil(received / parts / ranks.buffer_rows(gathered)))

@@ -31,6 +31,7 @@ def describe(arguments: list[str], overrides: list[str]) -> dict[str, Any]:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     return {
         "device": device.device_kind,
+        "devices": len(jax.devices()),
         "driver": driver,
         "runtime": device.client.platform_version.split("\n")[-1],
         "jax": jax.__version__,
@@ -51,9 +52,9 @@ def ceilings() -> dict[str, float]:
     return {"size": size, "matmul": product, "copy": 2 * copied / measure(jnp.copy, wide).time_s}
 
 
-def memory(what: str) -> int:
+def memory(what: str, device: int = 0) -> int:
     """`bytes_in_use` now, or `peak_bytes_in_use` since the process began; 0 where nothing counts."""
-    return (jax.devices()[0].memory_stats() or {}).get(what, 0)
+    return (jax.local_devices()[device].memory_stats() or {}).get(what, 0)
 
 
 def seconds_since_start() -> float:

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from kimi_jax.parallel.ranks import REPLICATED
 from kimi_jax.planning.arrays import ADAPTERS, adapter_bytes
 from kimi_jax.planning.flops import token_flops
 from kimi_jax.planning.memory import ITEMSIZE
+from kimi_jax.training.step import StepMetrics
 from tools.step_bench.cases import Case, make_case, routed_base
 from tools.step_bench.exchange import Traffic, traffic
 from tools.step_bench.floors import Floors, Rates, Work, floors
@@ -27,8 +29,9 @@ from tools.step_bench.trace import NO_COMMAND_BUFFERS, Breakdown, Event, break_d
 class Measured:
     """Steps of one case.
 
-    seconds: of each step, host clock around a blocked call. peak: bytes, of the process so far.
-    loss: that of a rank alone means nothing. mfu: of the datasheet's peak, by convention.
+    seconds: of each step, host clock around a blocked call. loads: of the first rank. peak: bytes of the
+    first device, of the process so far. loss: that of a rank alone means nothing. mfu: of the datasheet's
+    peak, by convention.
     """
 
     routing: str
@@ -52,8 +55,8 @@ class Measured:
 
     @property
     def tokens_a_second(self) -> float:
-        """Real tokens on this GPU, by the median step."""
-        return self.case.real_tokens / statistics.median(self.seconds)
+        """Real tokens on one GPU, by the median step."""
+        return self.case.tokens_a_rank / statistics.median(self.seconds)
 
     def to_json(self) -> dict[str, Any]:
         """As what `json.dumps` takes."""
@@ -78,10 +81,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Traced:
-    """A case's step by its kernels.
+    """A case's step by the kernels of the first GPU.
 
     seconds: of the program without command buffers, not traced. breakdown: of that program. idle: share of
-    a traced step of the program as it is measured in which nothing ran.
+    a traced step of the program as it is measured in which nothing ran. events: of each GPU, without
+    command buffers.
     """
 
     of: Measured
@@ -89,10 +93,11 @@ class Traced:
     breakdown: Breakdown
     floors: Floors
     idle: float
+    events: dict[int, list[Event]]
 
 
 class Bench:
-    """The compiled step of one row length, and what is passed from step to step.
+    """The compiled step of one row length on the ranks at hand, and what is passed from step to step.
 
     `done` is told each phase of making it that ends.
     """
@@ -103,7 +108,8 @@ class Bench:
         self.rank, self.base, self.state = rank, base, state
         self.cases: dict[str, Case] = {}
         self.standing = memory("bytes_in_use")
-        arguments = (state, base, self._batch("constant"))
+        self.sound = rank.ranks.put(np.bool_(True), REPLICATED)
+        arguments = (state, base, self._batch("constant"), self.sound)
         began = time.perf_counter()
         self.lowered = rank.lower(*arguments)
         done("train step traced and lowered")
@@ -125,11 +131,6 @@ class Bench:
             seconds.append(spent)
         case = self.cases[rows]
         load = np.asarray(metrics.expert_load)
-        rate = case.real_tokens / statistics.median(seconds)
-        train = self.rank.config.train
-        flops = token_flops(
-            self.rank.table, self.rank.model, train.recompute, self.rank.length, train.keep
-        )
         return Measured(
             routing,
             case,
@@ -138,11 +139,17 @@ class Bench:
             memory("peak_bytes_in_use"),
             float(metrics.loss),
             bool(metrics.finite),
-            {
-                "4N": flops.frozen * rate / DATASHEET,
-                "with_recompute": flops.recomputed * rate / DATASHEET,
-            },
+            self.mfu(case.tokens_a_rank / statistics.median(seconds)),
         )
+
+    def mfu(self, rate: float) -> dict[str, float]:
+        """Of the datasheet's peak, for so many real tokens a second on one GPU."""
+        rank, train = self.rank, self.rank.config.train
+        flops = token_flops(rank.table, rank.model, train.recompute, rank.length, train.keep)
+        return {
+            "4N": flops.frozen * rate / DATASHEET,
+            "with_recompute": flops.recomputed * rate / DATASHEET,
+        }
 
     def trace(self, cases: list[Measured], rates: Rates, keep: Path | None) -> list[Traced]:
         """Compiles once more without command buffers, and traces one step of each of these cases.
@@ -159,11 +166,14 @@ class Bench:
             self._timed(compiled, base, batch)
             seconds, _ = self._timed(compiled, base, batch)
 
-            events = self._traced(compiled, base, batch, keep)
-            usual = break_down(self._traced(self.compiled, base, batch, None), "")
+            events = self.events(compiled, base, batch, keep)
+            as_measured = self.events(self.compiled, base, batch)
+            if not events or not as_measured:
+                continue
+            usual = break_down(as_measured[min(as_measured)], "")
             idle = usual.of(IDLE) / usual.span
-            breakdown = break_down(events, text)
-            found.append(Traced(case, seconds, breakdown, self.floors(case, rates), idle))
+            breakdown = break_down(events[min(events)], text)
+            found.append(Traced(case, seconds, breakdown, self.floors(case, rates), idle, events))
         return found
 
     def floors(self, measured: Measured, rates: Rates) -> Floors:
@@ -177,7 +187,7 @@ class Bench:
             table=rank.table,
             ranks=rank.ranks.expert,
             tokens=rank.tokens * train.accumulate,
-            squares=sum(length**2 for length in measured.case.documents),
+            squares=round(sum(n**2 for n in measured.case.documents) / measured.case.ranks),
             received=float(measured.loads.received.sum()) * train.accumulate,
             itemsize=ITEMSIZE[rank.config.model.dtype],
             expert_rank=max(ranks_of_experts, default=0),
@@ -186,7 +196,7 @@ class Bench:
         return floors(work, rates)
 
     def traffic(self) -> Traffic:
-        """What the rank would exchange with the others in a step."""
+        """What one rank exchanges with the others in a step, or would if it is alone."""
         rank, train = self.rank, self.rank.config.train
         return traffic(
             rank.model,
@@ -199,19 +209,29 @@ class Bench:
             train.accumulate,
         )
 
-    def _batch(self, rows: str) -> dict[str, jax.Array]:
+    def case(self, rows: str) -> Case:
+        """Rows of this kind, made when they are first asked for."""
         if rows not in self.cases:
             self.cases[rows] = make_case(self.rank, rows)
-        return jax.block_until_ready(jax.device_put(dict(self.cases[rows].batch)))
+        return self.cases[rows]
 
-    def _traced(self, compiled: Any, base: Any, batch: Any, keep: Path | None) -> list[Event]:
-        def step() -> Any:
-            self.state, metrics = compiled(self.state, base, batch)
-            return self.state, metrics
+    def step(self, compiled: Any, base: Any, batch: Any, after: Any = None) -> StepMetrics:
+        """Dispatches a step. after: `finite` of the one before, if that need not be known yet."""
+        sound = self.sound if after is None else after
+        self.state, metrics = compiled(self.state, base, batch, sound)
+        return metrics
 
-        return traced(step, keep)
+    def events(
+        self, compiled: Any, base: Any, batch: Any, keep: Path | None = None
+    ) -> dict[int, list[Event]]:
+        """Of each GPU in one step."""
+        return traced(lambda: (self.step(compiled, base, batch), self.state), keep)
 
-    def _timed(self, compiled: Any, base: Any, batch: Any) -> tuple[float, Any]:
+    def _batch(self, rows: str) -> dict[str, jax.Array]:
+        return jax.block_until_ready(self.rank.place(self.case(rows).batch))
+
+    def _timed(self, compiled: Any, base: Any, batch: Any) -> tuple[float, StepMetrics]:
         began = time.perf_counter()
-        self.state, metrics = jax.block_until_ready(compiled(self.state, base, batch))
+        metrics = self.step(compiled, base, batch)
+        jax.block_until_ready((self.state, metrics))
         return time.perf_counter() - began, metrics

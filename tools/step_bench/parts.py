@@ -18,10 +18,11 @@ REST_ATTENTION, REST_EXPERTS = REST + "attention", REST + "experts"
 REST_DENSE, REST_NORMS = REST + "dense and shared", REST + "norms, residual"
 REST_STACKS, REST_EMBEDDING = REST + "stacks, sums", REST + "embedding"
 UNKNOWN, IDLE = "not attributed", "idle"
+EXPOSED = "exchanges, nothing beside"
 PARTS = (
     ATTENTION, PROJECTIONS, ROUTER, MOVEMENT, EXPERTS, EXPERT_LORA, LORA, DENSE, HEAD, OPTIMIZER,
     EXCHANGES, REST_ATTENTION, REST_EXPERTS, REST_DENSE, REST_NORMS, REST_STACKS, REST_EMBEDDING,
-    UNKNOWN, IDLE,
+    UNKNOWN, EXPOSED, IDLE,
 )  # fmt: skip
 FORWARD, RECOMPUTED, BACKWARD, ONCE = "forward", "recomputed", "backward", ""
 PHASES = (FORWARD, RECOMPUTED, BACKWARD, ONCE)

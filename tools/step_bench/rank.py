@@ -1,16 +1,19 @@
-"""One of a run's ranks on the device at hand: its structure, its values, its compiled step."""
+"""A run's ranks on the devices at hand, one alone or all: their structure, values, compiled step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kimi_jax.config import RunConfig
 from kimi_jax.config_file import load_config
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.params import Weight, weight_table
 from kimi_jax.model.transformer import ModelDef
+from kimi_jax.parallel.mesh import EXPERT
 from kimi_jax.parallel.ranks import Ranks, abstract_ranks
 from kimi_jax.planning.compiled import CompiledStep
 from kimi_jax.planning.gpus import DEFAULT, Gpu, find_gpu, known_gpus
@@ -24,7 +27,10 @@ from tools.random_base import factor_shapes, random_base
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank of a run, alone: what it would receive from the others is made of copies of its own."""
+    """The ranks of a run that are measured: all of them on a mesh, or one of them alone.
+
+    What a rank alone would receive from the others is made of copies of its own.
+    """
 
     config: RunConfig
     model: ModelConfig
@@ -33,8 +39,13 @@ class Rank:
     table: tuple[Weight, ...]
 
     @property
+    def here(self) -> int:
+        """Ranks at hand: one alone, or all."""
+        return 1 if self.ranks.alone else self.ranks.count
+
+    @property
     def rows(self) -> int:
-        """Of this rank, in a micro-batch."""
+        """Of one rank, in a micro-batch."""
         return self.config.train.micro_batch // self.ranks.count
 
     @property
@@ -44,17 +55,23 @@ class Rank:
 
     @property
     def tokens(self) -> int:
-        """Of this rank in a micro-batch, padding included."""
+        """Of one rank in a micro-batch, padding included."""
         return self.rows * self.length
 
+    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """A batch of the ranks at hand, [micro-batches, B, T], on their devices."""
+        if self.ranks.alone:  # `put_batch` would leave it one rank's part of its own rows
+            return jax.device_put(dict(batch))
+        return self.ranks.put_batch(batch)
+
     def lower(self, *arguments: Any) -> Any:
-        """The real train step, traced and lowered for (state, base, batch)."""
+        """The real train step, traced and lowered for (state, base, batch, after)."""
         train = self.config.train
         step = make_train_step(self.model_def, make_optimizer(train), train.loss_chunk)
         return step.lower(*arguments)
 
     def plan(self) -> MemoryPlan:
-        """Of this rank, on the GPU at hand if it is known."""
+        """Of one rank, on the GPU at hand if it is known."""
         return plan_sizing(sizing_of(self.config, self.model), this_gpu())
 
     def report(self, compiled: Any) -> CompiledStep:
@@ -62,9 +79,9 @@ class Rank:
         return report_of(compiled, compiled.as_text(), jax.devices()[0].device_kind, (0.0, 0.0))
 
 
-def make_rank(config: RunConfig, model: ModelConfig) -> Rank:
-    """The rank of a run's configuration that this device plays."""
-    ranks = abstract_ranks(config.mesh)
+def make_rank(config: RunConfig, model: ModelConfig, ranks: Ranks | None = None) -> Rank:
+    """The ranks of a run's configuration; if they are not given, the one that this device plays."""
+    ranks = ranks or abstract_ranks(config.mesh)
     return Rank(config, model, model_of(config, model, ranks), ranks, weight_table(model))
 
 
@@ -78,21 +95,25 @@ def with_rows(config: RunConfig, length: int, tokens: int) -> RunConfig:
 
 
 def make_state(rank: Rank) -> TrainState:
-    """This rank's factors, A small and B zero, and an optimizer that has made no update."""
+    """The ranks' factors, A small and B zero, and an optimizer that has made no update."""
+    ranks, specs = rank.ranks, dict(rank.model_def.adapter_specs)
 
     def adapters() -> dict[str, Any]:
         made = {}
         for number, (path, shape) in enumerate(factor_shapes(rank.model_def).items()):
             key = jax.random.key(number, impl="rbg")
+            if EXPERT in specs[path]:  # no two ranks' parts are alike
+                key = jax.random.fold_in(key, ranks.index())
             small = path.endswith("lora_A")
             made[path] = 0.01 * jax.random.normal(key, shape) if small else jnp.zeros(shape)
         return made
 
-    return init_state(jax.jit(adapters)(), make_optimizer(rank.config.train), rank.ranks)
+    made = jax.jit(ranks.run(adapters, (), specs))()
+    return init_state(made, make_optimizer(rank.config.train), ranks)
 
 
 def make_base(rank: Rank) -> dict[str, Any]:
-    """Random base weights in their packed format, made on the device."""
+    """Random base weights in their packed format, made on the devices."""
     return jax.block_until_ready(random_base(rank.model_def))
 
 

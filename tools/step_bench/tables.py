@@ -83,7 +83,7 @@ def print_traced(console: Console, traced: Traced) -> None:
         "The table is of a program without command buffers, whose kernels can be told apart: "
         f"{traced.seconds:.3f} s a step, {traced.of.best:.3f} s with them; {found.kernels} kernels. "
         f"Floors: products at this run's matmul, bytes at this run's copy, attention at the stated rates; "
-        f"without recomputing {least * 1e3:.0f} ms ({traced.of.case.real_tokens / least:,.0f} tokens/s). "
+        f"without recomputing {least * 1e3:.0f} ms ({traced.of.case.tokens_a_rank / least:,.0f} tokens/s). "
         "A fusion counts as its last operation: the stand-ins' sums are partly fused into what uses them."
     )
     for row in found.longest:

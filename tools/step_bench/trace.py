@@ -1,5 +1,6 @@
 """One traced step, cut into the parts of the model by the kernels that ran."""
 
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -10,12 +11,21 @@ from typing import Any, NamedTuple
 import jax
 from jax.profiler import ProfileData
 
-from tools.step_bench.parts import IDLE, ONCE, PHASES, UNKNOWN, part, phase
+from tools.step_bench.overlap import Overlap, Span, common, length, overlap, union
+from tools.step_bench.parts import EXPOSED, IDLE, ONCE, PHASES, UNKNOWN, part, phase
 from tools.step_bench.program import Origin, by_kernel, origins
 
 # Kernels in a command buffer do not say which instruction launched them: the traced program has none.
 NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
 LISTED = 12  # kernels by time, in the JSON file and for what was not attributed
+
+_DEVICE = re.compile(r"/device:GPU:(\d+)")
+# NCCL's kernels, XLA's own, and copies from one GPU to another by the copy engines; and instructions, by
+# the compiler's names or by those of JAX's operations.
+_KINDS = r"all[-_]?gather|all[-_]?reduce|reduce[-_]?scatter|all[-_]?to[-_]?all|collective"
+_EXCHANGE = re.compile(rf"nccl|{_KINDS}|memcpy_?p(2p|eer)", re.IGNORECASE)
+_EXCHANGING = re.compile(rf"({_KINDS}|psum|pmax|ppermute)")
+_FUSION = re.compile(r"fusion[\w.]*$")  # computes, whatever it is called after
 
 Key = tuple[str, str]  # part, phase
 
@@ -34,7 +44,8 @@ class Event(NamedTuple):
 class Breakdown:
     """Of one step, seconds. What ran beside something else counts once, for what began first.
 
-    longest: kernels by time, each with its part, phase and number of calls.
+    An exchange between GPUs counts where nothing else ran, as `parts.EXPOSED`. longest: kernels by time,
+    each with its part, phase and number of calls.
     """
 
     span: float
@@ -60,8 +71,8 @@ class Breakdown:
         }
 
 
-def traced(step: Callable[[], Any], keep: Path | None = None) -> list[Event]:
-    """Runs one step under the profiler; the events of its device, none if there is no GPU."""
+def traced(step: Callable[[], Any], keep: Path | None = None) -> dict[int, list[Event]]:
+    """Runs one step under the profiler; the events of each GPU by its number, none if there is none."""
     with tempfile.TemporaryDirectory() as temporary:
         directory = keep or Path(temporary)
         jax.profiler.start_trace(str(directory))
@@ -71,12 +82,13 @@ def traced(step: Callable[[], Any], keep: Path | None = None) -> list[Event]:
         return events_of(ProfileData.from_file(str(newest)))
 
 
-def events_of(profile: Any) -> list[Event]:
-    """Kernels and copies on the streams of the first GPU."""
-    found = []
+def events_of(profile: Any) -> dict[int, list[Event]]:
+    """Kernels and copies on the streams of each GPU, by its number."""
+    by_device: dict[int, list[Event]] = {}
     for plane in profile.planes:
-        if "/device:GPU:0" not in plane.name:
+        if not (device := _DEVICE.search(plane.name)):
             continue
+        found = by_device.setdefault(int(device[1]), [])
         for line in plane.lines:
             if "Stream" not in line.name:
                 continue
@@ -91,7 +103,30 @@ def events_of(profile: Any) -> list[Event]:
                         str(stats.get("name", "")),
                     )
                 )
-    return found
+    return {number: found for number, found in sorted(by_device.items()) if found}
+
+
+def is_exchange(event: Event) -> bool:
+    """Whether an event moves data from one GPU to another."""
+    if _FUSION.search(event.kernel) or _FUSION.search(event.instruction):
+        return False
+    return bool(_EXCHANGING.match(event.instruction) or _EXCHANGE.search(event.kernel))
+
+
+def exchanges(events: Iterable[Event]) -> tuple[Overlap, dict[str, tuple[float, int]]]:
+    """What of a GPU's exchanges is hidden behind its computation; seconds and calls of their kernels."""
+    computing: list[Span] = []
+    exchanging: list[Span] = []
+    kernels: dict[str, tuple[float, int]] = {}
+    for event in events:
+        span = (event.start, event.start + event.seconds)
+        if not is_exchange(event):
+            computing.append(span)
+            continue
+        exchanging.append(span)
+        spent, calls = kernels.get(event.kernel, (0.0, 0))
+        kernels[event.kernel] = (spent + event.seconds, calls + 1)
+    return overlap(computing, exchanging), kernels
 
 
 def break_down(events: Iterable[Event], text: str) -> Breakdown:
@@ -107,12 +142,16 @@ def break_down(events: Iterable[Event], text: str) -> Breakdown:
     calls: dict[tuple[str, Key], list[float]] = defaultdict(lambda: [0.0, 0])
     ordered = sorted(events, key=lambda event: event.start)
     begin = until = ordered[0].start
+    gaps: list[Span] = []
+    apart = union((e.start, e.start + e.seconds) for e in ordered if is_exchange(e))
     for event in ordered:
+        if is_exchange(event):
+            continue
         origin = known.get(event.instruction) or kernels.get(event.kernel)
         origin = origin or Origin(event.operation)
         key = (part(origin, event.kernel), phase(origin.operation))
         if event.start > until:
-            sums[IDLE, ONCE] += event.start - until
+            gaps.append((until, event.start))
         end = event.start + event.seconds
         alone = max(0.0, end - max(event.start, until))
         until = max(until, end)
@@ -120,6 +159,12 @@ def break_down(events: Iterable[Event], text: str) -> Breakdown:
         entry = calls[event.kernel, key]
         entry[0] += alone
         entry[1] += 1
+    last = max(until, apart[-1][1]) if apart else until
+    gaps.append((until, last))
+    if apart:
+        sums[EXPOSED, ONCE] = common(gaps, apart)
+    if idle := length(gaps) - sums.get((EXPOSED, ONCE), 0.0):
+        sums[IDLE, ONCE] = idle
     ranked = sorted(calls.items(), key=lambda item: -item[1][0])
     shown = (
         ranked[:LISTED] + [item for item in ranked[LISTED:] if item[0][1][0] == UNKNOWN][:LISTED]
@@ -129,4 +174,4 @@ def break_down(events: Iterable[Event], text: str) -> Breakdown:
         for (name, key), (spent, count) in shown
     ]
     ranks = sorted(sums, key=lambda key: (key[0], PHASES.index(key[1])))
-    return Breakdown(until - begin, {key: sums[key] for key in ranks}, len(ordered), longest)
+    return Breakdown(last - begin, {key: sums[key] for key in ranks}, len(ordered), longest)

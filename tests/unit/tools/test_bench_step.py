@@ -295,7 +295,8 @@ def test_a_whole_run(tmp_path, capsys, monkeypatch):
 
     def traced(step, keep):
         jax.block_until_ready(step())
-        return [Event("kernel", 0.0, 1.0, "", AHEAD + "exchange/tile"), Event("other", 3.0, 1.0)]
+        kernels = [Event("kernel", 0.0, 1.0, "", AHEAD + "exchange/tile"), Event("other", 3.0, 1.0)]
+        return {0: kernels}
 
     monkeypatch.setattr(measuring, "traced", traced)
     checkpoint = write_tiny_checkpoint(

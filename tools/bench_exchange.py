@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from kimi_jax.config import Exchange
 from kimi_jax.parallel.environment import COPY_ENGINES, XLA_COPY_ENGINES
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ EXPERTS, CHOSEN = 48, 8  # of a rank; of a token
 class Way:
     """exchange: `mesh.exchange`. environment, options: of the process, and of the compiler."""
 
-    exchange: str = "sums"
+    exchange: Exchange = "sums"
     environment: dict[str, str] = field(default_factory=dict)
     xla_flags: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -99,7 +100,9 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         said = (done.stderr or done.stdout).splitlines()[-12:]
-        result = json.loads(lines[0][7:]) if lines else {"failed": done.returncode, "said": said}
+        result: dict[str, Any] = {"failed": done.returncode, "said": said}
+        if lines:
+            result = json.loads(lines[0][7:])
     except subprocess.TimeoutExpired:
         result = {"failed": f"stopped after {options.limit:g} s"}
     text = log.read_text(errors="replace") if log.exists() else ""
@@ -171,12 +174,11 @@ def measure(way: Way, options: argparse.Namespace) -> dict[str, Any]:
         "devices": count, "kind": jax.devices()[0].device_kind, "jax": jax.__version__
     }  # fmt: skip
     times = {}
+    # Simulated devices deadlock when several programs with exchanges are under way.
+    simulated = jax.devices()[0].platform == "cpu"
+    each = jax.block_until_ready if simulated else lambda result: result
     for name, (operands, function, out) in programs.items():
         program = compiled(function, operands, out)
-        # Simulated devices deadlock when several programs with exchanges are under way.
-        each = (
-            jax.block_until_ready if jax.devices()[0].platform == "cpu" else lambda result: result
-        )
         times[name] = seconds(lambda p=program, o=operands: each(p(*o)))
         result[f"{name}, ms"] = round(times[name] * 1e3, 3)
         if name == "gather":

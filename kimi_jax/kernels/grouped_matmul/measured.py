@@ -1,14 +1,12 @@
 """Times of the grouped matmul's implementations on one H200; `choice` picks by them.
 
-From `python tools/bench_kernels.py --only grouped --parts products scratch`; LOG.md, 2026-11-22. `scratch`
-was timed at one number of rows: its two decodings alone take longer than `pallas` does at fewer, and
-its multiplication is slower than that of `pallas` at any number.
+From `python tools/bench_kernels.py --only grouped --parts products scratch`; LOG.md, 2026-11-27.
 """
 
 from typing import Literal
 
-# Forward and input gradient together, 48 groups, 7168 -> 4096, by rows in an average group.
+# Forward and input gradient together, 48 groups of unequal size, 7168 -> 4096, by rows in an average group.
 MILLISECONDS: dict[Literal["pallas", "scratch"], dict[int, float]] = {
-    "pallas": {341: 3.34},
-    "scratch": {341: 7.52},
+    "pallas": {16: 0.91, 341: 3.26, 1365: 11.84},
+    "scratch": {16: 5.01, 341: 7.48, 1365: 16.24},
 }

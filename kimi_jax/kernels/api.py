@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.errors import UserError
 from kimi_jax.kernels.grouped_matmul import reference as grouped_reference
 from kimi_jax.kernels.grouped_matmul.choice import choose as choose_grouped
+from kimi_jax.kernels.linear import joined as linear_joined
+from kimi_jax.kernels.linear import reference as linear_reference
 from kimi_jax.kernels.linear_cross_entropy import fused as cross_entropy_fused
 from kimi_jax.kernels.linear_cross_entropy import reference as cross_entropy_reference
 from kimi_jax.kernels.linear_cross_entropy.fused import VocabularySplit
@@ -22,6 +24,7 @@ from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, LinearAdapter,
 GroupedImplementation = Literal["auto", "reference", "pallas", "scratch"]
 AttentionImplementation = Literal["auto", "reference", "cudnn", "pallas"]
 CrossEntropyImplementation = Literal["auto", "reference", "fused"]
+LinearImplementation = Literal["auto", "reference", "joined"]
 
 
 def grouped_matmul(
@@ -163,6 +166,31 @@ def latent_attention(
 
         return cudnn.attention(*operands, segment_ids_BT, scale)
     return attention_reference.attention(*operands, segment_ids_BT, scale)
+
+
+def linear(
+    x: Float[Array, "*tokens in"],
+    weights: tuple[Float[Array, "_ in"], ...],
+    adapters: tuple[LinearAdapter | None, ...],
+    impl: LinearImplementation = "auto",
+) -> tuple[Float[Array, "*tokens _"], ...]:
+    """y = x · Wᵀ for each of several weights, plus its adapter's term, for the same rows.
+
+    Differentiable in the rows and the factors; the weights are frozen.
+
+    Args:
+        x: rows, fp32 or bf16; products have their dtype and are accumulated in fp32.
+        weights: converted to the rows' dtype.
+        adapters: of each weight, or None.
+        impl: `reference`; `joined`, which computes adapters' terms within the weights' products; `auto`
+            is the latter everywhere.
+
+    Raises:
+        UserError: an unknown implementation.
+    """
+    _check(impl, LinearImplementation)
+    module = linear_reference if impl == "reference" else linear_joined
+    return module.linear(x, weights, adapters)
 
 
 def linear_cross_entropy(

@@ -12,7 +12,7 @@ from kimi_jax.kernels import api as kernels
 from kimi_jax.lora import AdapterPlan
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.kept import EXPERT_GATE, EXPERT_UP, FEED_FORWARD, ROUTING
-from kimi_jax.model.layers import ExpertLinear, Linear, declare
+from kimi_jax.model.layers import ExpertLinear, Linear, declare, together
 from kimi_jax.model.layout import in_parts
 from kimi_jax.model.params import Weight
 from kimi_jax.parallel.experts import routed
@@ -31,8 +31,8 @@ class SwiGlu(nnx.Module):
 
     def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
         """Activation dtype in and out."""
-        gate = checkpoint_name(self.gate_proj(x), FEED_FORWARD)
-        up = checkpoint_name(self.up_proj(x), FEED_FORWARD)
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        gate, up = checkpoint_name(gate, FEED_FORWARD), checkpoint_name(up, FEED_FORWARD)
         return self.down_proj(jax.nn.silu(gate) * up)
 
 

@@ -57,11 +57,13 @@ class Router(nnx.Module):
         """All of it in fp32, as in HF's DeepseekV3TopkRouter; gradients flow through the weights."""
         weight = self.weight[...]
         weight_ED = self.ranks.gather_weight(weight) if self.in_parts else weight
-        scores = jax.nn.sigmoid(_logits(x_TD, weight_ED))
-        choice = jax.lax.stop_gradient(scores + self.e_score_correction_bias[...])
+        logits = _logits(x_TD, weight_ED)
+        choice = jax.lax.stop_gradient(jax.nn.sigmoid(logits) + self.e_score_correction_bias[...])
         _, experts = jax.lax.top_k(choice, self.config.num_experts_per_tok)
         experts = checkpoint_name(experts, ROUTING)
-        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        # Of the logits, the derivative needs the chosen ones only, which are few enough to keep.
+        chosen = checkpoint_name(jnp.take_along_axis(logits, experts, axis=-1), ROUTING)
+        weights = jax.nn.sigmoid(chosen)
         if self.config.norm_topk_prob and self.config.num_experts_per_tok > 1:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
         return Routing(experts, weights * self.config.routed_scaling_factor)

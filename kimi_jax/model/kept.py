@@ -12,8 +12,8 @@ from kimi_jax.kernels.mla_attention.residuals import LOGSUMEXP_NAME, OUTPUT_NAME
 from kimi_jax.parallel.experts import ORDER
 
 # Always kept. Recomputed in another fusion, a near-tie of the router could choose another expert than
-# in the forward pass. The order of assignments is small beside the sort that makes it, an adapter's
-# rank-wide product beside the operand it is made from.
+# in the forward pass. The chosen experts' logits are small beside the product that makes all, the order
+# of assignments beside its sort, an adapter's rank-wide product beside the operand it is made from.
 ROUTING = "chosen_experts"
 
 STREAM = "stream"

@@ -32,7 +32,7 @@ STAGES = 6
 @partial(jax.jit, static_argnames=("rank", "first", "interpret"))
 def factor_gradient(
     x_AC: BFloat16[Array, "A C"],
-    low_A64: BFloat16[Array, "A 64"],
+    low_AL: BFloat16[Array, "A L"],
     group_sizes_E: Int[Array, " E"],
     rank: int,
     first: int = 0,
@@ -42,7 +42,7 @@ def factor_gradient(
 
     Args:
         x_AC: finite rows sorted by group, C a multiple of 128.
-        low_A64: what `project` made; `rank` of its columns count.
+        low_AL: what `project` made; `rank` of its columns count.
         group_sizes_E: int32, summing to A.
         rank: at most 64.
         first: the first of these columns.
@@ -55,7 +55,7 @@ def factor_gradient(
     first_tile = jnp.cumsum(tiles_of_group) - tiles_of_group
     first_row = jnp.cumsum(group_sizes_E) - group_sizes_E
     table = jnp.stack([first_row, first_tile, tiles_of_group], axis=1).astype(jnp.int32)
-    low_AR = jnp.pad(low_A64[:, first : first + rank], ((0, 0), (0, padded - rank)))
+    low_AR = jnp.pad(low_AL[:, first : first + rank], ((0, 0), (0, padded - rank)))
     low = _by_tile(low_AR, table, group_sizes_E, rows // TILE + groups)
     plan = _Plan(padded, columns // FEATURES, groups, interpret)
     kernel = launch(

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.errors import UserError
 from kimi_jax.kernels.grouped_matmul import reference as grouped_reference
 from kimi_jax.kernels.grouped_matmul.choice import choose as choose_grouped
+from kimi_jax.kernels.linear import joined as linear_joined
+from kimi_jax.kernels.linear import reference as linear_reference
 from kimi_jax.kernels.linear_cross_entropy import fused as cross_entropy_fused
 from kimi_jax.kernels.linear_cross_entropy import reference as cross_entropy_reference
 from kimi_jax.kernels.linear_cross_entropy.fused import VocabularySplit
@@ -22,6 +24,7 @@ from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, LinearAdapter,
 GroupedImplementation = Literal["auto", "reference", "pallas", "scratch"]
 AttentionImplementation = Literal["auto", "reference", "cudnn", "pallas"]
 CrossEntropyImplementation = Literal["auto", "reference", "fused"]
+LinearImplementation = Literal["auto", "reference", "joined"]
 
 
 def grouped_matmul(
@@ -31,6 +34,7 @@ def grouped_matmul(
     adapter: GroupedAdapter | None = None,
     impl: GroupedImplementation = "auto",
     layer: Int[Array, ""] | int | None = None,
+    low: Float[Array, "A r"] | None = None,
 ) -> Float[Array, "A out"]:
     """y[a] = x[a] · W[g(a)]ᵀ, plus the adapter of g(a), for rows sorted by group.
 
@@ -43,6 +47,7 @@ def grouped_matmul(
             decodes all groups to bf16 there first; `auto`, see `grouped_matmul.choice`.
         layer: int32, may be traced: the weight's arrays are then stacks with a leading dimension of
             layers, of which this one is multiplied by; `pallas` reads it in place.
+        low: what `grouped_low_rank` gave for the same operands, if it was asked.
 
     Raises:
         UserError: an unknown implementation, or operands that the named one does not take.
@@ -55,7 +60,8 @@ def grouped_matmul(
     if impl == "pallas":
         from kimi_jax.kernels.grouped_matmul import mosaic
 
-        return mosaic.grouped_matmul(x_AI, weight, group_sizes_E, adapter, layer)
+        return mosaic.grouped_matmul(x_AI, weight, group_sizes_E, adapter, layer, low=low)
+    assert low is None, f"{impl} makes no use of it"
     if impl == "scratch":
         from kimi_jax.kernels.grouped_matmul import scratch
 
@@ -71,6 +77,7 @@ def grouped_matmul_pair(
     impl: GroupedImplementation = "auto",
     layer: Int[Array, ""] | int | None = None,
     known: tuple[Float[Array, "A out1"], Float[Array, "A out2"]] | None = None,
+    low: Float[Array, "A r"] | None = None,
 ) -> tuple[Float[Array, "A out1"], Float[Array, "A out2"]]:
     """Two `grouped_matmul` of the same rows, as an expert's gate and up.
 
@@ -78,7 +85,8 @@ def grouped_matmul_pair(
     and makes the gradient of the rows in one product, summed in fp32 before it is rounded; the other
     implementations multiply twice. Arguments are those of `grouped_matmul`, of each product. The
     adapters may differ in rank, scale and sharing, and either may be missing. Products that an earlier
-    call has made may be given as `known`: they come back as they are, differentiated as products.
+    call has made may be given as `known`: they come back as they are, differentiated as products. `low`
+    is what `grouped_low_rank` gave for both, if it was asked.
 
     Raises:
         UserError: an unknown implementation, or operands that the named one does not take.
@@ -93,25 +101,63 @@ def grouped_matmul_pair(
                 pair and GroupedAdapter(*pair, scale or 0.0)
                 for pair, scale in zip(factors, scales, strict=True)
             )
-            return grouped_matmul_pair(x_AI, weights, group_sizes_E, (first, second), impl, layer)
+            operands = x_AI, weights, group_sizes_E, (first, second)
+            return grouped_matmul_pair(*operands, impl, layer, low=low)
 
         return recalled(again, tuple(known), x_AI, factors)
     for weight in weights:
         _check_layers(weight, layer)
-    each = tuple(zip(weights, adapters, strict=True))
-    chosen: list[GroupedImplementation] = [
-        choose_grouped(x_AI, *operands) if impl == "auto" else impl for operands in each
-    ]
+    chosen = _chosen(x_AI, weights, adapters, impl)
     if chosen == ["pallas", "pallas"]:
         # Imported when it is asked for, as above.
         from kimi_jax.kernels.grouped_matmul import mosaic
 
-        return mosaic.grouped_matmul_pair(x_AI, weights, group_sizes_E, adapters, layer)
+        return mosaic.grouped_matmul_pair(x_AI, weights, group_sizes_E, adapters, layer, low=low)
+    assert low is None, f"{chosen} make no use of it"
+    each = tuple(zip(weights, adapters, strict=True))
     first, second = (
         grouped_matmul(x_AI, weight, group_sizes_E, adapter, name, layer)
         for (weight, adapter), name in zip(each, chosen, strict=True)
     )
     return first, second
+
+
+def grouped_low_rank(
+    x_AI: Float[Array, "A in"],
+    weights: tuple[GroupedWeight, ...],
+    group_sizes_E: Int[Array, " E"],
+    adapters: tuple[GroupedAdapter | None, ...],
+    impl: GroupedImplementation = "auto",
+) -> Float[Array, "A r"] | None:
+    """What adapters make of the rows on the way to `grouped_matmul` or `grouped_matmul_pair`.
+
+    It is small, and made by reading all rows: kept and given as `low` to those, it is not made again
+    where they are differentiated once more. Not differentiable by itself; they are, with it or without.
+
+    Returns:
+        scale · x · Aᵀ of all adapters beside each other, or None where the implementation makes no
+        such thing or there is no adapter. `low` is then None as well.
+    """
+    _check(impl, GroupedImplementation)
+    if set(_chosen(x_AI, weights, adapters, impl)) != {"pallas"}:
+        return None
+    # Imported when it is asked for, as above.
+    from kimi_jax.kernels.grouped_matmul import mosaic
+
+    return mosaic.low_rank(x_AI, group_sizes_E, adapters)
+
+
+def _chosen(
+    x_AI: Array,
+    weights: tuple[GroupedWeight, ...],
+    adapters: tuple[GroupedAdapter | None, ...],
+    impl: GroupedImplementation,
+) -> list[GroupedImplementation]:
+    """The implementation of each product."""
+    return [
+        choose_grouped(x_AI, weight, adapter) if impl == "auto" else impl
+        for weight, adapter in zip(weights, adapters, strict=True)
+    ]
 
 
 def latent_attention(
@@ -163,6 +209,31 @@ def latent_attention(
 
         return cudnn.attention(*operands, segment_ids_BT, scale)
     return attention_reference.attention(*operands, segment_ids_BT, scale)
+
+
+def linear(
+    x: Float[Array, "*tokens in"],
+    weights: tuple[Float[Array, "_ in"], ...],
+    adapters: tuple[LinearAdapter | None, ...],
+    impl: LinearImplementation = "auto",
+) -> tuple[Float[Array, "*tokens _"], ...]:
+    """y = x · Wᵀ for each of several weights, plus its adapter's term, for the same rows.
+
+    Differentiable in the rows and the factors; the weights are frozen.
+
+    Args:
+        x: rows, fp32 or bf16; products have their dtype and are accumulated in fp32.
+        weights: converted to the rows' dtype.
+        adapters: of each weight, or None.
+        impl: `reference`; `joined`, which computes adapters' terms within the weights' products; `auto`
+            is the latter everywhere.
+
+    Raises:
+        UserError: an unknown implementation.
+    """
+    _check(impl, LinearImplementation)
+    module = linear_reference if impl == "reference" else linear_joined
+    return module.linear(x, weights, adapters)
 
 
 def linear_cross_entropy(

@@ -12,7 +12,7 @@ from kimi_jax.kernels import api as kernels
 from kimi_jax.lora import AdapterPlan
 from kimi_jax.model.config import ModelConfig
 from kimi_jax.model.kept import LATENT
-from kimi_jax.model.layers import Linear, Norm
+from kimi_jax.model.layers import Linear, Norm, together
 from kimi_jax.model.params import Weight
 from kimi_jax.model.rope import rotate
 from kimi_jax.parallel.ranks import Ranks
@@ -60,8 +60,9 @@ class LatentAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Causal attention within segments, keys and values expanded for every head."""
         config = self.config
-        q_BTNH = self._whole_queries(x_BTD, positions_BT)
-        latent, rope_key_BTR = self.latents(x_BTD, positions_BT)
+        q_in, joint = self._entry(x_BTD)
+        q_BTNH = self._whole_queries(q_in, positions_BT)
+        latent, rope_key_BTR = self._split_latents(joint, positions_BT)
         kv_BTNH = self.kv_b_proj(latent).reshape(*q_BTNH.shape[:3], -1)
         out_BTNU = kernels.latent_attention(
             q_BTNH, kv_BTNH, rope_key_BTR, segment_ids_BT, config.softmax_scale
@@ -77,8 +78,9 @@ class LatentAttention(nnx.Module):
         adapter's change merged in, or an adapted kv_b_proj would have no effect here).
         """
         config = self.config
-        q_nope, q_rope = self.queries(x_BTD, positions_BT)
-        latent, rope_key = self.latents(x_BTD, positions_BT)
+        q_in, joint = self._entry(x_BTD)
+        q_nope, q_rope = self._split_queries(q_in, positions_BT)
+        latent, rope_key = self._split_latents(joint, positions_BT)
         row = jnp.arange(x_BTD.shape[0])[:, None]
         cache = LatentCache(
             cache.latent.at[row, positions_BT].set(latent.astype(cache.latent.dtype)),
@@ -111,24 +113,35 @@ class LatentAttention(nnx.Module):
 
     def queries(self, x_BTD: Array, positions_BT: Array) -> tuple[Array, Array]:
         """Queries of every head, [B, T, N, H] and the rotated [B, T, N, R]."""
-        q = self._whole_queries(x_BTD, positions_BT)
-        q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
-        return q_nope, q_rope
-
-    def _whole_queries(self, x_BTD: Array, positions_BT: Array) -> Array:
-        """Queries of every head, [B, T, N, H + R], of which the last part is rotated."""
-        config = self.config
-        if config.q_lora_rank is None:
-            q = self.q_proj(x_BTD)
-        else:
-            q_latent = checkpoint_name(self.q_a_proj(x_BTD), LATENT)
-            q = self.q_b_proj(self.q_a_layernorm(q_latent))
-        q = q.reshape(*x_BTD.shape[:2], config.num_attention_heads, config.qk_head_dim)
-        return rotate(q, positions_BT, config)
+        return self._split_queries(self._entry(x_BTD)[0], positions_BT)
 
     def latents(self, x_BTD: Array, positions_BT: Array) -> tuple[Array, Array]:
         """The normed latent [B, T, C] and the rotated shared key [B, T, R]."""
-        joint = checkpoint_name(self.kv_a_proj_with_mqa(x_BTD), LATENT)
-        latent, rope_key = jnp.split(joint, [self.config.kv_lora_rank], axis=-1)
+        return self._split_latents(self._entry(x_BTD)[1], positions_BT)
+
+    def _entry(self, x_BTD: Array) -> tuple[Array, Array]:
+        """What the rows are multiplied by first: queries or their latents, and what keys come from."""
+        if self.config.q_lora_rank is None:
+            q, joint = together(x_BTD, self.q_proj, self.kv_a_proj_with_mqa)
+            return q, checkpoint_name(joint, LATENT)
+        q_latent, joint = together(x_BTD, self.q_a_proj, self.kv_a_proj_with_mqa)
+        return checkpoint_name(q_latent, LATENT), checkpoint_name(joint, LATENT)
+
+    def _whole_queries(self, q_in: Array, positions_BT: Array) -> Array:
+        """Queries of every head, [B, T, N, H + R], of which the last part is rotated."""
+        config = self.config
+        q = q_in
+        if config.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q_in))
+        q = q.reshape(*positions_BT.shape, config.num_attention_heads, config.qk_head_dim)
+        return rotate(q, positions_BT, config)
+
+    def _split_queries(self, q_in: Array, positions_BT: Array) -> tuple[Array, Array]:
+        q = self._whole_queries(q_in, positions_BT)
+        q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
+        return q_nope, q_rope
+
+    def _split_latents(self, joint_BTC: Array, positions_BT: Array) -> tuple[Array, Array]:
+        latent, rope_key = jnp.split(joint_BTC, [self.config.kv_lora_rank], axis=-1)
         rotated = rotate(rope_key[:, :, None], positions_BT, self.config)[:, :, 0]
         return self.kv_a_layernorm(latent), rotated

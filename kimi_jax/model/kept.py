@@ -7,13 +7,14 @@ it, what bears one of these names.
 from collections.abc import Sequence
 
 from kimi_jax.config import Keep
+from kimi_jax.kernels.linear.joined import LOW_RANK
 from kimi_jax.kernels.mla_attention.residuals import LOGSUMEXP_NAME, OUTPUT_NAME
 from kimi_jax.parallel.experts import ORDER
 
 # Always kept. Recomputed in another fusion, a near-tie of the router could choose another expert than
-# in the forward pass. The order of assignments is small beside the sort that makes it, an adapter's
-# rank-wide product beside the operand it is made from.
-ROUTING, LOW_RANK = "chosen_experts", "low_rank"
+# in the forward pass. The chosen experts' logits are small beside the product that makes all, the order
+# of assignments beside its sort, an adapter's rank-wide product beside the operand it is made from.
+ROUTING = "chosen_experts"
 
 STREAM = "stream"
 LATENT = "latent"

@@ -7,12 +7,11 @@ equations are those of one layer, applied inside a scan over the stack.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from kimi_jax.kernels import api as kernels
 from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, LinearAdapter, PackedWeight
 from kimi_jax.lora import Adapter, AdapterPlan
-from kimi_jax.model.kept import LOW_RANK
 from kimi_jax.model.layout import in_parts
 from kimi_jax.model.params import Weight, scale_shape
 from kimi_jax.parallel.ranks import Ranks
@@ -79,17 +78,8 @@ class Linear(_Adapted):
         return self.ranks.gather_weight(weight) if self.in_parts else weight
 
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
-        """Activation dtype in and out; products are accumulated in fp32 and rounded once each.
-
-        Rounded, because the derivative of an fp32 product has an fp32 operand, which a GPU multiplies
-        at half the rate or less.
-        """
-        y = _product(x, self.whole_weight)
-        if (adapter := self.adapter) is not None:
-            low = checkpoint_name(_product(x, adapter.a), LOW_RANK)
-            delta = adapter.scale * _product(low, adapter.b).astype(jnp.float32)
-            y = (y.astype(jnp.float32) + delta).astype(x.dtype)
-        return y
+        """Activation dtype in and out."""
+        return together(x, self)[0]
 
     @property
     def adapter(self) -> LinearAdapter | None:
@@ -136,5 +126,9 @@ class ExpertLinear(_Adapted):
         return GroupedAdapter(self.lora_A[...], self.lora_B[...], self.scale_of_adapter)
 
 
-def _product(x: Array, weight_OI: Array) -> Array:
-    return jnp.einsum("...i,oi->...o", x, weight_OI.astype(x.dtype))
+def together(
+    x: Float[Array, "*tokens in"], *layers: Linear
+) -> tuple[Float[Array, "*tokens _"], ...]:
+    """Several linear layers of the same rows, whose gradient of the rows is then one product or few."""
+    weights = tuple(layer.whole_weight for layer in layers)
+    return kernels.linear(x, weights, tuple(layer.adapter for layer in layers))

@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from kimi_jax.kernels import api as kernels
 from kimi_jax.lora import AdapterPlan
 from kimi_jax.model.config import ModelConfig
-from kimi_jax.model.kept import EXPERT_GATE, EXPERT_UP, FEED_FORWARD, ROUTING
-from kimi_jax.model.layers import ExpertLinear, Linear, declare
+from kimi_jax.model.kept import EXPERT_GATE, EXPERT_UP, FEED_FORWARD, LOW_RANK, ROUTING
+from kimi_jax.model.layers import ExpertLinear, Linear, declare, together
 from kimi_jax.model.layout import in_parts
 from kimi_jax.model.params import Weight
 from kimi_jax.parallel.experts import routed
@@ -31,8 +31,8 @@ class SwiGlu(nnx.Module):
 
     def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
         """Activation dtype in and out."""
-        gate = checkpoint_name(self.gate_proj(x), FEED_FORWARD)
-        up = checkpoint_name(self.up_proj(x), FEED_FORWARD)
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        gate, up = checkpoint_name(gate, FEED_FORWARD), checkpoint_name(up, FEED_FORWARD)
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
@@ -57,11 +57,13 @@ class Router(nnx.Module):
         """All of it in fp32, as in HF's DeepseekV3TopkRouter; gradients flow through the weights."""
         weight = self.weight[...]
         weight_ED = self.ranks.gather_weight(weight) if self.in_parts else weight
-        scores = jax.nn.sigmoid(_logits(x_TD, weight_ED))
-        choice = jax.lax.stop_gradient(scores + self.e_score_correction_bias[...])
+        logits = _logits(x_TD, weight_ED)
+        choice = jax.lax.stop_gradient(jax.nn.sigmoid(logits) + self.e_score_correction_bias[...])
         _, experts = jax.lax.top_k(choice, self.config.num_experts_per_tok)
         experts = checkpoint_name(experts, ROUTING)
-        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        # Of the logits, the derivative needs the chosen ones only, which are few enough to keep.
+        chosen = checkpoint_name(jnp.take_along_axis(logits, experts, axis=-1), ROUTING)
+        weights = jax.nn.sigmoid(chosen)
         if self.config.norm_topk_prob and self.config.num_experts_per_tok > 1:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
         return Routing(experts, weights * self.config.routed_scaling_factor)
@@ -102,10 +104,15 @@ _exact_logits.defvjp(_exact_logits_forward, _exact_logits_backward)
 
 
 class Hidden(NamedTuple):
-    """What the routed experts' gate and up projections put out, [A, M] each."""
+    """What the routed experts' gate and up projections put out, [A, M] each.
+
+    low_in, low_out: what adapters make of the rows of gate and up, and of down, where a kernel makes it.
+    """
 
     gate: Float[Array, "A M"]
     up: Float[Array, "A M"]
+    low_in: Float[Array, "A r_in"] | None
+    low_out: Float[Array, "A r_out"] | None
 
 
 class Experts(nnx.Module):
@@ -134,29 +141,41 @@ class Experts(nnx.Module):
             group_sizes_E: rows of each expert.
             weights_A: fp32 routing weights of the rows.
             layer: the layer's number in its stack.
-            known: gate and up, where an earlier call has made them from the same rows.
+            known: what an earlier call has made of the same rows.
         """
 
+        def low_rank(x: Array, *projections: ExpertLinear) -> Array | None:
+            weights = tuple(each.grouped_weight for each in projections)
+            adapters = tuple(each.adapter for each in projections)
+            low = kernels.grouped_low_rank(x, weights, group_sizes_E, adapters)
+            return None if low is None else checkpoint_name(low, LOW_RANK)
+
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        low_in = known.low_in if known else low_rank(x_AD, gate, up)
         gate_AM, up_AM = kernels.grouped_matmul_pair(
             x_AD,
             (gate.grouped_weight, up.grouped_weight),
             group_sizes_E,
             (gate.adapter, up.adapter),
             layer=layer,
-            known=known,
+            known=known and (known.gate, known.up),
+            low=low_in,
         )
         gate_AM = checkpoint_name(gate_AM, EXPERT_GATE)
         up_AM = checkpoint_name(up_AM, EXPERT_UP)
         # Kernels leave rows behind the groups unwritten, and take such rows to be finite: what stands
         # there is cut off, here and, by this very operation, from the cotangents.
         real_A = jnp.arange(x_AD.shape[0])[:, None] < group_sizes_E.sum()
-        hidden_AM = jax.nn.silu(jnp.where(real_A, gate_AM, 0)) * jnp.where(real_A, up_AM, 0)
+        # Zeros that know their layer: a constant would be made before the scan, as an array, and read.
+        zero_A = (0 * jax.lax.stop_gradient(weights_A)).astype(x_AD.dtype)[:, None]
+        hidden_AM = jax.nn.silu(jnp.where(real_A, gate_AM, zero_A))
+        hidden_AM *= jnp.where(real_A, up_AM, zero_A)
         weighted = (hidden_AM.astype(jnp.float32) * weights_A[:, None]).astype(x_AD.dtype)
+        low_out = known.low_out if known else low_rank(weighted, down)
         y_AD = kernels.grouped_matmul(
-            weighted, down.grouped_weight, group_sizes_E, down.adapter, layer=layer
+            weighted, down.grouped_weight, group_sizes_E, down.adapter, layer=layer, low=low_out
         )
-        return y_AD, Hidden(gate_AM, up_AM)
+        return y_AD, Hidden(gate_AM, up_AM, low_in, low_out)
 
 
 class MixtureOfExperts(nnx.Module):

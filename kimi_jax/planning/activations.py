@@ -21,10 +21,10 @@ class Work:
     """One micro-batch on one device.
 
     rows, length: sequences of this device and their tokens. itemsize: bytes of an activation. keep:
-    what is kept beside layers' inputs. low_rank: columns of all adapters' products but experts'.
-    chunk: tokens of a device whose logits exist at one time. adapters: bytes of this device's fp32
-    adapters. layer_weights: bytes of the matrices, but the experts', of a layer with experts, whole.
-    matrices: those of all layers.
+    what is kept beside layers' inputs. low_rank: columns of all adapters' products but experts', and
+    expert_low_rank: of theirs. chunk: tokens of a device whose logits exist at one time. adapters: bytes
+    of this device's fp32 adapters. layer_weights: bytes of the matrices, but the experts', of a layer
+    with experts, whole. matrices: those of all layers.
     """
 
     config: ModelConfig
@@ -35,6 +35,7 @@ class Work:
     recompute: Recompute
     keep: tuple[Keep, ...]
     low_rank: int
+    expert_low_rank: int
     chunk: int
     adapters: int
     layer_weights: int
@@ -77,10 +78,14 @@ def saved(work: Work) -> dict[str, int]:
         # The scan over layers keeps each layer's input.
         "layer inputs": config.num_hidden_layers * work.hidden(work.tokens),
         # Choosing again in another fusion could choose otherwise.
-        "router's choice": config.num_moe_layers * work.tokens * config.num_experts_per_tok * INT32,
+        "router's choice": config.num_moe_layers
+        * work.tokens
+        * config.num_experts_per_tok
+        * (INT32 + FP32),
         # Of the assignments of all ranks' rows: by expert, and back.
         "assignments' order": 2 * config.num_moe_layers * work.assignments * INT32,
         "adapters' low-rank products": work.tokens * work.low_rank * work.itemsize,
+        "experts' low-rank products": work.buffer * work.expert_low_rank * work.itemsize,
     }
     terms |= {f"kept: {name}": kept_bytes(work, name) for name in work.keep}
     if work.recompute == "none":

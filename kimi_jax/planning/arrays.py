@@ -65,10 +65,10 @@ def adapter_bytes(plan: AdapterPlan, ranks: Ranks) -> dict[str, int]:
     return groups
 
 
-def low_rank_columns(plan: AdapterPlan) -> int:
-    """Columns of x · Aᵀ of all adapters of layers but experts'."""
-    inside = [a for a in plan.values() if a.weight.stack and a.weight.role != "routed"]
-    return sum(adapter.rank * adapter.weight.layers for adapter in inside)
+def low_rank_columns(plan: AdapterPlan, experts: bool) -> int:
+    """Columns of x · Aᵀ of all layers' adapters: of experts', or of all others."""
+    chosen = [a for a in plan.values() if a.weight.stack and (a.weight.role == "routed") == experts]
+    return sum(adapter.rank * adapter.weight.layers for adapter in chosen)
 
 
 def sharding_lines(table: Sequence[Weight], plan: AdapterPlan, ranks: Ranks) -> list[str]:

@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from kimi_jax.kernels.grouped_matmul.factor_gradient import factor_gradient
 from kimi_jax.kernels.grouped_matmul.fragments import Order
+from kimi_jax.kernels.grouped_matmul.lanes import CONTRACTION
 from kimi_jax.kernels.grouped_matmul.mosaic_kernel import LowRank, Term
 from kimi_jax.kernels.grouped_matmul.project import Narrow, project
 from kimi_jax.kernels.types import GroupedAdapter, PackedWeight
@@ -59,18 +60,41 @@ class Factors(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Of products of the same rows: the weight of each, and its adapter's factors or None."""
+    """Of products of the same rows: the weight of each, and its adapter's factors or None.
+
+    low: what `low_rank` made of rows and factors, if it is known.
+    """
 
     x: Array
     weights: tuple[PackedWeight, ...]
     group_sizes: Array
     layer: Array | None
     factors: tuple[Factors | None, ...]
+    low: Array | None = None
 
 
 def factors_of(adapter: GroupedAdapter | None) -> tuple[Factors | None, float]:
     """An adapter's factors and scale."""
     return (None, 1.0) if adapter is None else (Factors(adapter.a, adapter.b), adapter.scale)
+
+
+def low_rank(
+    x_AC: Array,
+    group_sizes_E: Array,
+    factors: tuple[Factors | None, ...],
+    scales: tuple[float, ...],
+    interpret: bool = False,
+) -> Array | None:
+    """Rows times all adapters' a, bf16 [A, ranks of all], or None if there is no adapter.
+
+    Not differentiable: what it is an operand of is differentiated as if it were made there.
+    """
+    x_AC, factors = jax.lax.stop_gradient((x_AC, factors))
+    adapters = _Adapters(scales, factors)
+    if not adapters.rank:
+        return None
+    term = Narrow(x_AC, adapters.a(True))
+    return project((term,), group_sizes_E, adapters.scale, interpret)[:, : adapters.rank]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,25 +106,27 @@ def products(route: Route, operands: Operands) -> tuple[Array, ...]:
     return _forward(route, operands)[0]
 
 
-def _forward(route: Route, operands: Operands) -> tuple[tuple[Array, ...], tuple]:
-    x, weights, sizes, layer, factors = operands
+def _forward(route: Route, operands: Operands) -> tuple[tuple[Array, ...], Operands]:
+    x, weights, sizes, layer, factors, low = operands
     adapters = _Adapters(route.scales, factors)
     terms: list[LowRank | None] = [None] * len(weights)
-    low = None
     if adapters.rank:
-        low = project((Narrow(x, adapters.a(True)),), sizes, adapters.scale, route.interpret)
+        if low is None:
+            low = low_rank(x, sizes, factors, route.scales, route.interpret)
+        assert low is not None
+        rows = jnp.pad(low, ((0, 0), (0, CONTRACTION - adapters.rank)))
         for n, pair, first in adapters:
             # Zeros for the other adapters' ranks; up to a rank of 64 it is one step in any case.
-            terms[n] = LowRank(low, adapters.placed(_by_group(pair.b), first))
+            terms[n] = LowRank(rows, adapters.placed(_by_group(pair.b), first))
     ys = tuple(
         route.multiply((Term(x, weight),), sizes, Order.BY_ROW, term, layer)
         for weight, term in zip(weights, terms, strict=True)
     )
-    return ys, (low, operands if adapters.rank else operands._replace(x=None))
+    return ys, operands._replace(low=low, x=x if adapters.rank else None)
 
 
-def _backward(route: Route, saved: tuple, dys: tuple[Array, ...]) -> tuple:
-    low, (x, weights, sizes, layer, factors) = saved
+def _backward(route: Route, saved: Operands, dys: tuple[Array, ...]) -> tuple[Operands]:
+    x, weights, sizes, layer, factors, low = saved
     adapters = _Adapters(route.scales, factors)
     gradients: list[Factors | None] = [None] * len(weights)
     term = None

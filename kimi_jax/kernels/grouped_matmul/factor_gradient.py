@@ -32,7 +32,7 @@ STAGES = 6
 @partial(jax.jit, static_argnames=("rank", "first", "interpret"))
 def factor_gradient(
     x_AC: BFloat16[Array, "A C"],
-    low_A64: BFloat16[Array, "A 64"],
+    low_AL: BFloat16[Array, "A L"],
     group_sizes_E: Int[Array, " E"],
     rank: int,
     first: int = 0,
@@ -42,7 +42,7 @@ def factor_gradient(
 
     Args:
         x_AC: finite rows sorted by group, C a multiple of 128.
-        low_A64: what `project` made; `rank` of its columns count.
+        low_AL: what `project` made; `rank` of its columns count.
         group_sizes_E: int32, summing to A.
         rank: at most 64.
         first: the first of these columns.
@@ -55,7 +55,7 @@ def factor_gradient(
     first_tile = jnp.cumsum(tiles_of_group) - tiles_of_group
     first_row = jnp.cumsum(group_sizes_E) - group_sizes_E
     table = jnp.stack([first_row, first_tile, tiles_of_group], axis=1).astype(jnp.int32)
-    low_AR = jnp.pad(low_A64[:, first : first + rank], ((0, 0), (0, padded - rank)))
+    low_AR = jnp.pad(low_AL[:, first : first + rank], ((0, 0), (0, padded - rank)))
     low = _by_tile(low_AR, table, group_sizes_E, rows // TILE + groups)
     plan = _Plan(padded, columns // FEATURES, groups, interpret)
     kernel = launch(
@@ -71,8 +71,19 @@ def factor_gradient(
         },
         interpret,
     )
-    sums = kernel(table, x_AC, low)
+    sums = kernel(_longest_first(table), x_AC, low)
     return sums.reshape(groups, columns, padded)[:, :, :rank]
+
+
+def _longest_first(table: Array) -> Array:
+    """Sorted by tiles, so that dealing items out in turn balances the blocks; a group's number is last."""
+    group = jnp.arange(table.shape[0], dtype=jnp.int32)
+    tiles = table[:, 2]
+    # Sums over comparisons, as in `schedule.tile_table`.
+    longer = (tiles > tiles[:, None]) | ((tiles == tiles[:, None]) & (group < group[:, None]))
+    chosen = jnp.sum(longer, axis=1) == group[:, None]
+    rows = jnp.concatenate([table, group[:, None]], axis=1)
+    return jnp.sum(jnp.where(chosen[:, :, None], rows, 0), axis=1)
 
 
 def _by_tile(low_AR: Array, table: Array, group_sizes: Array, tiles: int) -> Array:
@@ -89,7 +100,7 @@ def _by_tile(low_AR: Array, table: Array, group_sizes: Array, tiles: int) -> Arr
 
 @dataclass(frozen=True)
 class _Plan:
-    """An item of work is a group and a block of 128 columns; its steps are tiles of 64 rows."""
+    """An item of work is a row of the table and a block of 128 columns; its steps are tiles of 64 rows."""
 
     rank: int
     blocks: int
@@ -99,6 +110,11 @@ class _Plan:
     @property
     def grid(self) -> int:
         return 2 if self.interpret else BLOCKS
+
+    def cut(self, item: Any) -> tuple[Any, Any]:
+        """An item's row of the table, and its block of columns."""
+        blocks = jnp.int32(self.blocks)
+        return lax.div(item, blocks), lax.rem(item, blocks)
 
     def run(
         self,
@@ -117,8 +133,8 @@ class _Plan:
         ring = Ring(STAGES, full, empty)
 
         def move(item: Any, step: Any) -> Any:
-            group, block = (f(item, jnp.int32(self.blocks)) for f in (lax.div, lax.rem))
-            row, tile, count = (table[group, n] for n in range(3))
+            place, block = self.cut(item)
+            row, tile, count = (table[place, n] for n in range(3))
 
             def copy(k: Any, slot: Any, barrier: Any) -> None:
                 for half in range(2):
@@ -131,7 +147,8 @@ class _Plan:
             return ring.fill(step, count, copy)
 
         def compute(item: Any, step: Any) -> Any:
-            count = table[lax.div(item, jnp.int32(self.blocks)), 2]
+            place, block = self.cut(item)
+            count, group = table[place, 2], table[place, 3]
 
             def accumulate(acc: Any) -> None:
                 def work(slot: Any) -> None:
@@ -139,7 +156,7 @@ class _Plan:
                     plgpu.wgmma_wait(0)
 
                 ring.use(step, count, work)
-                first = item * FEATURES + warpgroup * CONTRACTION
+                first = (group * self.blocks + block) * FEATURES + warpgroup * CONTRACTION
                 if self.interpret:
                     sums[pl.ds(first, CONTRACTION)] = acc[...]
                 else:

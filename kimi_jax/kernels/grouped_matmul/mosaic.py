@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.errors import UserError, listing
+from kimi_jax.kernels.grouped_matmul import derivative
 from kimi_jax.kernels.grouped_matmul.derivative import Operands, factors_of, products
 from kimi_jax.kernels.grouped_matmul.fragments import Order
 from kimi_jax.kernels.grouped_matmul.lanes import CONTRACTION, FEATURES
@@ -38,6 +39,7 @@ def grouped_matmul(
     layer: Int[Array, ""] | int | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
+    low: Float[Array, "A r"] | None = None,
 ) -> Float[Array, "A out"]:
     """y[a] = x[a] · W[g(a)]ᵀ, plus the adapter of g(a); see `kimi_jax.kernels.api.grouped_matmul`.
 
@@ -51,13 +53,14 @@ def grouped_matmul(
         layer: of a stacked weight.
         tuning: by default by the average number of rows in a group.
         interpret: run on the CPU, slowly, for tests.
+        low: what `low_rank` made of the same rows and adapter, if it is known.
 
     Raises:
         UserError: what this kernel does not do.
     """
     packed = check(x_AI, weight, adapter)
     tuning = tuning or _tuning(x_AI.shape[0] / packed.values.shape[-3], adapter is not None)
-    (y,) = _products(x_AI, (packed,), group_sizes_E, (adapter,), layer, tuning, interpret)
+    (y,) = _products(x_AI, (packed,), group_sizes_E, (adapter,), layer, tuning, interpret, low)
     return y
 
 
@@ -69,6 +72,7 @@ def grouped_matmul_pair(
     layer: Int[Array, ""] | int | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
+    low: Float[Array, "A r"] | None = None,
 ) -> tuple[Float[Array, "A out1"], Float[Array, "A out2"]]:
     """Two `grouped_matmul` of the same rows; see `kimi_jax.kernels.api.grouped_matmul_pair`.
 
@@ -80,16 +84,37 @@ def grouped_matmul_pair(
     tuning = tuning or _tuning(
         x_AI.shape[0] / group_sizes_E.shape[0], all(adapter is not None for adapter in adapters)
     )
-    rank = sum(adapter.a.shape[-2] for adapter in adapters if adapter is not None)
-    if tuning is None or rank > LARGEST_RANK:
+    if tuning is None or _ranks(adapters) > LARGEST_RANK:
+        assert low is None, "of two products by themselves"
         first, second = (
             grouped_matmul(x_AI, weight, group_sizes_E, adapter, layer, tuning, interpret)
             for weight, adapter in zip(several, adapters, strict=True)
         )
     else:
         operands = x_AI, several, group_sizes_E, adapters, layer
-        first, second = _products(*operands, tuning, interpret)
+        first, second = _products(*operands, tuning, interpret, low)
     return first, second
+
+
+def low_rank(
+    x_AI: Float[Array, "A in"],
+    group_sizes_E: Int[Array, " E"],
+    adapters: tuple[GroupedAdapter | None, ...],
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> Float[Array, "A r"] | None:
+    """See `kimi_jax.kernels.api.grouped_low_rank`."""
+    tuning = tuning or _tuning(
+        x_AI.shape[0] / group_sizes_E.shape[0], all(adapter is not None for adapter in adapters)
+    )
+    if tuning is None or _ranks(adapters) > LARGEST_RANK:
+        return None  # two products, each with its own
+    factors, scales = zip(*map(factors_of, adapters), strict=True)
+    return derivative.low_rank(x_AI, group_sizes_E, factors, scales, interpret)
+
+
+def _ranks(adapters: tuple[GroupedAdapter | None, ...]) -> int:
+    return sum(adapter.a.shape[-2] for adapter in adapters if adapter is not None)
 
 
 def _products(
@@ -100,11 +125,12 @@ def _products(
     layer: Array | int | None,
     tuning: Tuning | None,
     interpret: bool,
+    low: Array | None,
 ) -> tuple[Array, ...]:
     factors, scales = zip(*map(factors_of, adapters), strict=True)
     index = jnp.asarray(0 if layer is None else layer, jnp.int32)
     route = _Route(scales, tuning, interpret)
-    return products(route, Operands(x_AI, weights, group_sizes_E, index, factors))
+    return products(route, Operands(x_AI, weights, group_sizes_E, index, factors, low))
 
 
 def _tuning(rows_per_group: float, adapted: bool) -> Tuning | None:

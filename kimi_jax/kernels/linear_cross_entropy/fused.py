@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.kernels.linear.joined import MULTIPLE
 from kimi_jax.kernels.types import LinearAdapter
 
 
@@ -93,6 +94,8 @@ def _loss(
     targets: Array,
     loss_weights: Array,
 ) -> Array:
+    head = _joined(head, factors, hidden.dtype)
+
     def one(_: None, chunk: _Chunk) -> tuple[None, Array]:
         logits, chunk, _low = _logits(chunk, head, factors, static)
         return None, _statistics(logits, chunk, head.first, static)[0]
@@ -109,6 +112,8 @@ def _loss_forward(
     targets: Array,
     loss_weights: Array,
 ) -> tuple[Array, _Gradients]:
+    head = _joined(head, factors, hidden.dtype)
+
     def one(sums: _Factors, chunk: _Chunk) -> tuple[_Factors, tuple[Array, Array]]:
         logits, gathered, low = _logits(chunk, head, factors, static)
         loss, d_logits = _statistics(logits, gathered, head.first, static)
@@ -146,6 +151,21 @@ def _cut(hidden: Array, targets: Array, loss_weights: Array, chunk: int) -> _Chu
     )
 
 
+def _joined(head: _Head, factors: _Factors, dtype: jnp.dtype) -> _Head:
+    """In this dtype, with the adapter's b as more columns: its logits are never an array of their own."""
+    weight = head.weight.astype(dtype)
+    if factors is not None:
+        b = (head.scale * factors[1]).astype(dtype)
+        weight = _padded([weight, b])
+    return head._replace(weight=weight)
+
+
+def _padded(parts: list[Array]) -> Array:
+    """Columns beside each other, and zeros up to a multiple of the last part's."""
+    rows, rank = parts[-1].shape
+    return jnp.concatenate([*parts, jnp.zeros((rows, -rank % MULTIPLE), parts[-1].dtype)], axis=1)
+
+
 def _product(equation: str, left: Array, right: Array) -> Array:
     return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
 
@@ -153,17 +173,18 @@ def _product(equation: str, left: Array, right: Array) -> Array:
 def _logits(
     chunk: _Chunk, head: _Head, factors: _Factors, static: _Static
 ) -> tuple[Array, _Chunk, Array | None]:
-    """fp32 logits of this device's rows; the chunk with all peers' tokens; hidden · aᵀ of those."""
+    """fp32 logits of this device's rows; the chunk with all peers' tokens; hidden · aᵀ of those.
+
+    `head` is `_joined`.
+    """
     _, split = static
     if split and split.own_tokens:
         chunk = _Chunk(*(lax.all_gather(v, split.axis_name, tiled=True) for v in chunk))
-    dtype = chunk.hidden.dtype
-    logits = _product("td,vd->tv", chunk.hidden, head.weight.astype(dtype))
-    if factors is None:
-        return logits, chunk, None
-    a, b = (f.astype(dtype) for f in factors)
-    low = _product("td,rd->tr", chunk.hidden, a).astype(dtype)
-    return logits + head.scale * _product("tr,vr->tv", low, b), chunk, low
+    rows, low = chunk.hidden, None
+    if factors is not None:
+        low = _product("td,rd->tr", rows, factors[0].astype(rows.dtype)).astype(rows.dtype)
+        rows = _padded([rows, low])
+    return _product("td,vd->tv", rows, head.weight), chunk, low
 
 
 def _statistics(logits: Array, chunk: _Chunk, first: Array, static: _Static) -> tuple[Array, Array]:
@@ -200,8 +221,9 @@ def _pull_back(
 ) -> tuple[Array, _Factors]:
     """The gradient of this device's hidden states, and the factors' with this chunk's added."""
     _, split = static
-    dtype = chunk.hidden.dtype
-    d_hidden = _product("tv,vd->td", d_logits, head.weight.astype(dtype))
+    dtype, width = chunk.hidden.dtype, chunk.hidden.shape[1]
+    d_joined = _product("tv,vd->td", d_logits, head.weight)
+    d_hidden = d_joined[:, :width]
     if split and split.own_tokens:
         d_hidden = lax.psum_scatter(d_hidden, split.axis_name, tiled=True)
     elif split:
@@ -209,8 +231,8 @@ def _pull_back(
     if factors is not None:
         assert low is not None
         assert sums is not None
-        a, b = (f.astype(dtype) for f in factors)
-        d_low = head.scale * _product("tv,vr->tr", d_logits, b)
+        a = factors[0].astype(dtype)
+        d_low = d_joined[:, width : width + a.shape[0]]
         if split:
             d_low = lax.psum(d_low, split.axis_name)
         d_low = _own(d_low, split).astype(dtype)

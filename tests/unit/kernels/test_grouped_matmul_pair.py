@@ -64,15 +64,23 @@ def adapters_of(factors, scales):
     return tuple(f and GroupedAdapter(*f, s) for f, s in zip(factors, scales, strict=True))
 
 
+@pytest.mark.parametrize("low_known", [False, True], ids=["low made", "low known"])
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_products_and_gradients(case, quickly):
-    """In the interpreter. Fails if a term, a layer or a column of the common projection is lost."""
+def test_products_and_gradients(case, low_known, quickly):
+    """In the interpreter. Fails if a term, a layer or a column of the common projection is lost.
+
+    With what adapters make of the rows made before, it is a constant and must change no gradient.
+    """
     stacks, scales, (x, factors), dys = operands(ADAPTERS[case])
     sizes = jnp.asarray(SIZES)
 
     def pair(x, factors):
         adapters = adapters_of(factors, scales)
-        return mosaic.grouped_matmul_pair(x, stacks, sizes, adapters, LAYER, SMALL, interpret=True)
+        low = mosaic.low_rank(x, sizes, adapters, SMALL, True) if low_known else None
+        assert (low is None) == (not low_known or case == "none")
+        return mosaic.grouped_matmul_pair(
+            x, stacks, sizes, adapters, LAYER, SMALL, interpret=True, low=low
+        )
 
     def twice(x, factors):
         return tuple(
@@ -120,6 +128,29 @@ def kernels_of(ranks):
     names = Counter(e.params["name"] for e in found if e.primitive.name == "mpmd_map")
     added = [e.outvars[0].aval.shape for e in found if e.primitive.name in ("add", "add_any")]
     return names, added
+
+
+def test_known_low_rank_is_not_made_again():
+    """The derivative of products whose `low` is given reads the rows for a factor's gradient only."""
+    stack = PackedWeight(
+        jnp.zeros((2, IN, IN), jnp.int4), jnp.zeros((2, IN // 32, IN), jnp.bfloat16)
+    )
+    factors = (jnp.zeros((2, 4, IN)), jnp.zeros((2, IN, 4)))
+    sizes = jnp.array([3, 17], jnp.int32)
+
+    def pair(x, low):
+        adapters = (GroupedAdapter(*factors, 1.0),) * 2
+        return api.grouped_matmul_pair(x, (stack, stack), sizes, adapters, "pallas", low=low)
+
+    def both(x, low):
+        ys, pullback = jax.vjp(pair, x, low)
+        return pullback(ys)
+
+    x, low = jnp.zeros((20, IN), jnp.bfloat16), jnp.zeros((20, 8), jnp.bfloat16)
+    found = equations(jax.make_jaxpr(both)(x, low).jaxpr)
+    names = Counter(e.params["name"] for e in found if e.primitive.name == "mpmd_map")
+    assert "grouped_project" not in names
+    assert names["grouped_project_pair"] == 1
 
 
 def test_what_a_pair_shares():
@@ -175,8 +206,10 @@ def test_auto_takes_the_pair_only_if_both_products_would_be_pallas(monkeypatch):
     """On a Hopper GPU; fails if one product's operands decide for both."""
     say_once.cache_clear()
     ran = []
-    monkeypatch.setattr(mosaic, "grouped_matmul_pair", lambda x, *_: ran.append("pair") or (x, x))
-    monkeypatch.setattr(mosaic, "grouped_matmul", lambda x, *_: ran.append("pallas") or x)
+    monkeypatch.setattr(
+        mosaic, "grouped_matmul_pair", lambda x, *_, **__: ran.append("pair") or (x, x)
+    )
+    monkeypatch.setattr(mosaic, "grouped_matmul", lambda x, *_, **__: ran.append("pallas") or x)
     packed = PackedWeight(
         jnp.zeros((2, IN, IN), jnp.int4), jnp.zeros((2, IN // 32, IN), jnp.bfloat16)
     )

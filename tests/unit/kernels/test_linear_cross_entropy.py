@@ -145,7 +145,7 @@ class TestFused(CrossEntropyContract):
         function, arguments = self.loss(draw(96, 8, 300), True, 16)
         jaxpr = jax.make_jaxpr(function)(*arguments)
         products = [e for e in all_equations(jaxpr) if e.primitive.name == "dot_general"]
-        assert len(products) == 3  # hidden · Wᵀ, hidden · aᵀ, · bᵀ
+        assert len(products) == 2  # hidden · aᵀ, and of both beside each other · [W, b]ᵀ
 
     def test_cotangent_is_applied(self, quickly):
         """A mean divides the sum: the gradient made with the loss has to be divided too."""

@@ -43,6 +43,7 @@ def experts(monkeypatch):
     monkeypatch.setattr(
         api, "grouped_matmul_pair", lambda x, *_, **__: (like_a_kernel(x), like_a_kernel(x))
     )
+    monkeypatch.setattr(api, "grouped_low_rank", lambda *_: None)
     empty = SimpleNamespace(grouped_weight=None, adapter=None)
     return SimpleNamespace(gate_proj=empty, up_proj=empty, down_proj=empty)
 

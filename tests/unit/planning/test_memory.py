@@ -30,10 +30,11 @@ def test_full_size_on_eight(on_eight):
     sizes = items(found)
     assert sizes["gradients"] == sizes["adapters of experts"] + sizes["other adapters"]
     assert sizes["optimizer moments"] == 2 * sizes["gradients"]
-    # 61 inputs of 8,192 tokens in bf16; which 8 experts each of 60 layers chose, int32; the order of all
-    # ranks' assignments and its inverse; what 8 adapters of rank 8 in each layer make of the tokens.
-    chosen, order = 60 * 8192 * 8 * 4, 2 * 60 * 65536 * 8 * 4
-    low_rank = 61 * 8 * 8 * 8192 * 2
+    # 61 inputs of 8,192 tokens in bf16; which 8 experts each of 60 layers chose, int32, and their logits;
+    # the order of all ranks' assignments and its inverse; what 8 adapters of rank 8 in each layer make of
+    # the tokens, and 3 of the experts' buffer of 1.5 times the mean rank's assignments.
+    chosen, order = 60 * 8192 * 8 * (4 + 4), 2 * 60 * 65536 * 8 * 4
+    low_rank = 61 * 8 * 8 * 8192 * 2 + 60 * 3 * 8 * (65536 * 3 // 2) * 2
     assert sizes["saved activations"] == 61 * 8192 * 7168 * 2 + chosen + order + low_rank
     assert found.total == sum(sizes.values())
     assert found.program == found.total - sizes["reserve"]

@@ -70,6 +70,7 @@ def factor_gradient(
             **Ring.barriers(STAGES, copies=3, computing=2),
         },
         interpret,
+        moved=x_AC.nbytes,
     )
     sums = kernel(_longest_first(table), x_AC, low)
     return sums.reshape(groups, columns, padded)[:, :, :rank]

@@ -87,6 +87,7 @@ def multiply(
         COMPUTING + 1,
         _scratch(order, tuning, interpret),
         interpret,
+        operations=2 * rows * features * sum(steps) * CONTRACTION,
     )
     return kernel(
         table,

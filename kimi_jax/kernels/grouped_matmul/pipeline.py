@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kimi_jax.kernels.grouped_matmul.lanes import CONTRACTION
+from kimi_jax.kernels.latency import expected
 
 # Threads meet at barriers that the kernels place themselves.
 PARAMETERS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
@@ -52,6 +53,8 @@ def launch(
     warpgroups: int,
     scratch: dict[str, Any],
     interpret: bool,
+    operations: float = 0,
+    moved: float = 0,
 ) -> Callable[..., Any]:
     """A kernel of so many blocks, a function of its operands.
 
@@ -62,8 +65,9 @@ def launch(
         blocks: axis "block". warpgroups: of a block, axis "warpgroup".
         scratch: shared memory and barriers by name.
         interpret: run on the CPU.
+        operations, moved: of a call, see `latency.expected`.
     """
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         run,
         out_type=out,
         grid=(blocks,),
@@ -75,6 +79,7 @@ def launch(
         scratch_types=scratch,
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
+    return expected(kernel, operations, moved)
 
 
 @dataclass(frozen=True)

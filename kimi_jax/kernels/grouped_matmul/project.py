@@ -82,6 +82,7 @@ def project(
             **Ring.barriers(STAGES, copies=2, computing=1),
         },
         interpret,
+        moved=sum(term.rows.nbytes for term in terms),
     )
     return kernel(
         table,

@@ -61,6 +61,7 @@ def multiply_few(
         shape.warpgroups,
         {"memory": plgpu.SMEM((shape.warpgroups * shape.memory,), jnp.int8)},
         interpret,
+        moved=groups * out * width_in / 2,
     )
     return kernel(
         group_sizes_E.astype(jnp.int32),

@@ -10,6 +10,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from kimi_jax.kernels.latency import expected
+
 COMPUTING = 2  # warpgroups
 ROWS = 64  # of a warpgroup, as WGMMA has them
 TILE = COMPUTING * ROWS  # rows of a block
@@ -252,9 +254,11 @@ def read(plan: Plan, accumulator: Any, in_flight: int) -> Any:
     return plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
 
 
-def launch(body: Callable[..., None], plan: Plan, out_type: Any, scratch: Any, name: str) -> Any:
-    """A kernel of the plan's blocks of three warpgroups."""
-    return plgpu.kernel(
+def launch(
+    body: Callable[..., None], plan: Plan, out_type: Any, scratch: Any, name: str, products: int
+) -> Any:
+    """A kernel of the plan's blocks of three warpgroups; products: of a tile of scores' size."""
+    kernel = plgpu.kernel(
         body,
         out_type=out_type,
         grid=(plan.grid,),
@@ -266,3 +270,6 @@ def launch(body: Callable[..., None], plan: Plan, out_type: Any, scratch: Any, n
         scratch_types=scratch,
         interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
+    # A causal mask leaves half of the scores; keys and values are of about the same width.
+    scores = plan.batch * plan.heads * plan.length**2 / 2
+    return expected(kernel, operations=2 * products * scores * plan.key_width)

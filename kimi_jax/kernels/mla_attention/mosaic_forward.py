@@ -57,7 +57,7 @@ def forward(
         places = plan.place(last_first=True)
         _Block(plan, *places, *operands, q_smem=q_smem, out_smem=out_smem, **scratch).run()
 
-    kernel = common.launch(body, plan, out_type, scratch, "packed_attention_forward")
+    kernel = common.launch(body, plan, out_type, scratch, "packed_attention_forward", products=2)
     return kernel(q_BTNH, kv_BTNH, rope_key_BTR, first_BT)
 
 

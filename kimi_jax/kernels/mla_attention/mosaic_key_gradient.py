@@ -58,7 +58,9 @@ def key_gradient(
     out_type = tuple(
         jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (kv_BTNH.shape, rope_shape)
     )
-    kernel = common.launch(body, plan, out_type, scratch, "packed_attention_key_gradient")
+    kernel = common.launch(
+        body, plan, out_type, scratch, "packed_attention_key_gradient", products=4
+    )
     starts = score_start_BNT, mean_start_BNT
     return kernel(q_BTNH, kv_BTNH, rope_key_BTR, d_out_BTNU, *starts, last_BT)
 

@@ -62,7 +62,9 @@ def query_gradient(
         _Block(plan, *plan.place(last_first=True), *operands, **scratch).run()
 
     out_type = jax.ShapeDtypeStruct(q_BTNH.shape, jnp.bfloat16)
-    kernel = common.launch(body, plan, out_type, scratch, "packed_attention_query_gradient")
+    kernel = common.launch(
+        body, plan, out_type, scratch, "packed_attention_query_gradient", products=3
+    )
     starts = score_start_BNT, mean_start_BNT
     return kernel(q_BTNH, kv_BTNH, rope_key_BTR, d_out_BTNU, *starts, first_BT)
 

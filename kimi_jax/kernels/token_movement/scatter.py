@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Int
 
+from kimi_jax.kernels.latency import expected
+
 LINE = 256  # elements that one dimension of a copy may have
 BLOCKS = 132  # one a multiprocessor
 MEMORY = 200 * 1024  # bytes of rows in flight in a block
@@ -55,7 +57,7 @@ def scatter_rows(
         _Block(tokens, k, capacity, stages, blocks, *operands, **scratch).run()
 
     end = jnp.clip(total - start, 0, capacity)  # of the output's rows that are somebody's
-    out = plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((capacity, lines, LINE), x_TD.dtype),
         grid=(blocks,),
@@ -70,7 +72,10 @@ def scatter_rows(
             "full": plgpu.Barrier(num_arrivals=1, num_barriers=stages),
         },
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(x_TD.reshape(tokens, lines, LINE), row_A, jnp.stack([start, end]).astype(jnp.int32))
+    )
+    moved = x_TD.nbytes * (1 + capacity / tokens)
+    bounds = jnp.stack([start, end]).astype(jnp.int32)
+    out = expected(kernel, moved=moved)(x_TD.reshape(tokens, lines, LINE), row_A, bounds)
     return out.reshape(capacity, width)
 
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Int
 
+from kimi_jax.kernels.latency import expected
+
 THREADS, VECTOR = 128, 8  # elements that a thread loads at once
 WIDEST = 64 * THREADS  # then a thread holds 64 sums
 REQUIRED = f"bfloat16, a multiple of {THREADS * VECTOR} up to {WIDEST} wide"
@@ -67,7 +69,7 @@ def sum_rows(
         lax.fori_loop(0, lax.div(tokens - block + (blocks - 1), jnp.int32(blocks)), one, None)
 
     end = jnp.clip(total - start, 0, capacity)
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((tokens, width), y_CD.dtype),
         grid=(blocks,),
@@ -77,4 +79,7 @@ def sum_rows(
         kernel_name="sum_rows",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(y_CD, row_A, jnp.stack([start, end]).astype(jnp.int32))
+    )
+    moved = y_CD.nbytes * (1 + tokens / capacity)
+    bounds = jnp.stack([start, end]).astype(jnp.int32)
+    return expected(kernel, moved=moved)(y_CD, row_A, bounds)

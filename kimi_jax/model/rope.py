@@ -5,7 +5,9 @@ permuted. YaRN's frequencies are static: they apply from position 0 on (arXiv:23
 """
 
 import math
+from typing import cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -43,7 +45,7 @@ def rotate(
 ) -> Float[Array, "B T N width"]:
     """Rotates each pair of the last R columns by position · frequency; angles and products in fp32.
 
-    Columns before them stay as they are. All is one elementwise pass over x, and one over its gradient.
+    Columns before them stay as they are.
     """
     angle = positions_BT[..., None].astype(jnp.float32) * frequencies(config)
     multiplier = 1.0
@@ -55,10 +57,26 @@ def rotate(
     # Of each column: what it is multiplied by, and what its pair's other column is.
     own = jnp.repeat(cos, 2, axis=-1)
     other = jnp.stack([-sin, sin], axis=-1).reshape(own.shape)
-    before = ((0, 0), (0, 0), (x.shape[-1] - own.shape[-1], 0))
-    own = jnp.pad(own, before, constant_values=1)[:, :, None]
-    other = jnp.pad(other, before)[:, :, None]
-    assert before[2][0] % 2 == 0, "columns that stay as they are come in pairs too"
-    precise = x.astype(jnp.float32)
-    swapped = precise.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-    return (precise * own + swapped * other).astype(x.dtype)
+    return cast(Array, _turn(x, own[:, :, None], other[:, :, None]))
+
+
+@jax.custom_vjp
+def _turn(x: Array, own: Array, other: Array) -> Array:
+    """The last columns replaced in place: others are neither read nor written, in either direction."""
+    first = x.shape[-1] - own.shape[-1]
+    precise = x[..., first:].astype(jnp.float32)
+    swapped = precise.reshape(*precise.shape[:-1], -1, 2)[..., ::-1].reshape(precise.shape)
+    turned = (precise * own + swapped * other).astype(x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x, turned, first, axis=-1) if first else turned
+
+
+def _turn_forward(x: Array, own: Array, other: Array) -> tuple[Array, tuple[Array, Array]]:
+    return cast(Array, _turn(x, own, other)), (own, other)
+
+
+def _turn_backward(factors: tuple[Array, Array], dy: Array) -> tuple[Array, None, None]:
+    own, other = factors
+    return cast(Array, _turn(dy, own, -other)), None, None  # the transpose of a rotation turns back
+
+
+_turn.defvjp(_turn_forward, _turn_backward)

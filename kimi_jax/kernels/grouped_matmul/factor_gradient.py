@@ -72,19 +72,8 @@ def factor_gradient(
         interpret,
         moved=x_AC.nbytes,
     )
-    sums = kernel(_longest_first(table), x_AC, low)
+    sums = kernel(table, x_AC, low)
     return sums.reshape(groups, columns, padded)[:, :, :rank]
-
-
-def _longest_first(table: Array) -> Array:
-    """Sorted by tiles, so that dealing items out in turn balances the blocks; a group's number is last."""
-    group = jnp.arange(table.shape[0], dtype=jnp.int32)
-    tiles = table[:, 2]
-    # Sums over comparisons, as in `schedule.tile_table`.
-    longer = (tiles > tiles[:, None]) | ((tiles == tiles[:, None]) & (group < group[:, None]))
-    chosen = jnp.sum(longer, axis=1) == group[:, None]
-    rows = jnp.concatenate([table, group[:, None]], axis=1)
-    return jnp.sum(jnp.where(chosen[:, :, None], rows, 0), axis=1)
 
 
 def _by_tile(low_AR: Array, table: Array, group_sizes: Array, tiles: int) -> Array:
@@ -101,7 +90,7 @@ def _by_tile(low_AR: Array, table: Array, group_sizes: Array, tiles: int) -> Arr
 
 @dataclass(frozen=True)
 class _Plan:
-    """An item of work is a row of the table and a block of 128 columns; its steps are tiles of 64 rows."""
+    """An item of work is a group and a block of 128 columns; its steps are tiles of 64 rows."""
 
     rank: int
     blocks: int
@@ -111,11 +100,6 @@ class _Plan:
     @property
     def grid(self) -> int:
         return 2 if self.interpret else BLOCKS
-
-    def cut(self, item: Any) -> tuple[Any, Any]:
-        """An item's row of the table, and its block of columns."""
-        blocks = jnp.int32(self.blocks)
-        return lax.div(item, blocks), lax.rem(item, blocks)
 
     def run(
         self,
@@ -134,8 +118,8 @@ class _Plan:
         ring = Ring(STAGES, full, empty)
 
         def move(item: Any, step: Any) -> Any:
-            place, block = self.cut(item)
-            row, tile, count = (table[place, n] for n in range(3))
+            group, block = (f(item, jnp.int32(self.blocks)) for f in (lax.div, lax.rem))
+            row, tile, count = (table[group, n] for n in range(3))
 
             def copy(k: Any, slot: Any, barrier: Any) -> None:
                 for half in range(2):
@@ -148,8 +132,7 @@ class _Plan:
             return ring.fill(step, count, copy)
 
         def compute(item: Any, step: Any) -> Any:
-            place, block = self.cut(item)
-            count, group = table[place, 2], table[place, 3]
+            count = table[lax.div(item, jnp.int32(self.blocks)), 2]
 
             def accumulate(acc: Any) -> None:
                 def work(slot: Any) -> None:
@@ -157,7 +140,7 @@ class _Plan:
                     plgpu.wgmma_wait(0)
 
                 ring.use(step, count, work)
-                first = (group * self.blocks + block) * FEATURES + warpgroup * CONTRACTION
+                first = item * FEATURES + warpgroup * CONTRACTION
                 if self.interpret:
                     sums[pl.ds(first, CONTRACTION)] = acc[...]
                 else:

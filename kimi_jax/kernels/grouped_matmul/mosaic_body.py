@@ -41,12 +41,15 @@ class Tuning:
     """Shapes of the pipeline.
 
     widths: rows of the tiles that it is compiled for, ascending multiples of 16, at most 256.
-    stages: steps of 64 of the contraction in flight. blocks: one for each multiprocessor.
+    stages: steps of 64 of the contraction in flight. blocks: one for each multiprocessor. turns: so
+    many times as many blocks are launched, one after the other: where an exchange between GPUs holds
+    some multiprocessors, those that are free take more blocks, and none waits for a whole product.
     """
 
     widths: tuple[int, ...] = (64, 128, 192, 256)
     stages: int = 5
     blocks: int = 132
+    turns: int = 4
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class _Kernel:
 
             return step + steps_of_tile
 
-        share(self.counts[0] * plan.blocks, plan.tuning.blocks, one)
+        share(self.counts[0] * plan.blocks, plan.tuning.blocks, one, plan.tuning.turns)
 
     def slot(self, step: Any) -> Any:
         """Where a step's operands stand."""

@@ -83,7 +83,7 @@ def multiply(
         f"grouped_int4_{order.value}" + "_pair" * (len(terms) - 1),
         plan.run,
         jax.ShapeDtypeStruct((rows, features), jnp.bfloat16),
-        tuning.blocks,
+        tuning.blocks * tuning.turns,
         COMPUTING + 1,
         _scratch(order, tuning, interpret),
         interpret,

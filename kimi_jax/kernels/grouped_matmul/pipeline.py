@@ -128,10 +128,18 @@ class Ring:
         lax.fori_loop(0, steps, one, None)
 
 
-def share(items: Any, blocks: int, work: Callable[[Any, Any], Any]) -> None:
-    """Calls step = work(item, step) for every blocks-th item from this block's own, step from 0."""
-    first = lax.axis_index("block")
-    mine = lax.div(items - first + (blocks - 1), jnp.int32(blocks))
+def share(items: Any, blocks: int, work: Callable[[Any, Any], Any], turns: int = 1) -> None:
+    """Calls step = work(item, step) for each item of this block's share, step from 0.
+
+    The items are cut into as many stretches as turns; of a stretch, its `blocks` blocks take every
+    blocks-th. Blocks begin in order, so that those at work together read neighbouring items.
+    """
+    block, blocks_of_turn = lax.axis_index("block"), jnp.int32(blocks)
+    stretch = lax.div(items + (blocks * turns - 1), jnp.int32(blocks * turns)) * blocks
+    turn = lax.div(block, blocks_of_turn)
+    first = turn * stretch + lax.rem(block, blocks_of_turn)
+    end = jnp.minimum(items, (turn + 1) * stretch)
+    mine = lax.div(end - first + (blocks - 1), blocks_of_turn)
     lax.fori_loop(0, mine, lambda n, step: work(first + n * blocks, step), jnp.int32(0))
 
 

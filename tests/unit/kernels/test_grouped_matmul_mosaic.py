@@ -20,7 +20,7 @@ from kimi_jax.kernels.types import GroupedAdapter, PackedWeight
 
 WIDTHS = (16, 32, 48)
 GROUPS, SIZE, RANK, SCALE = 3, 256, 5, 2.0
-SMALL = Tuning(widths=(16, 32), stages=3, blocks=2)
+SMALL = Tuning(widths=(16, 32), stages=3, blocks=2, turns=2)
 # A group whose tail shares a copy with the next group's rows, an empty one, one of several tiles.
 SIZES = np.array([21, 0, 37], np.int32)
 LAYERS, LAYER = 2, 1

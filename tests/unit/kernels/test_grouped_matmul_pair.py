@@ -24,7 +24,7 @@ from tests.unit.kernels.test_grouped_matmul import equations
 
 GROUPS, IN, OUTS = 3, 256, (256, 384)
 LAYERS, LAYER = 2, 1
-SMALL = Tuning(widths=(16,), stages=3, blocks=2)
+SMALL = Tuning(widths=(16,), stages=3, blocks=2, turns=1)
 # A group whose tail shares a copy with the next group's rows, an empty one, one of two tiles; then
 # rows that are of no group.
 SIZES, BEYOND = np.array([3, 0, 18], np.int32), 14

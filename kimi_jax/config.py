@@ -18,7 +18,6 @@ Recompute = Literal["none", "layer"]
 Keep = Literal["stream", "latents", "attention", "feed_forward", "expert_gate", "expert_up"]
 ExpertFactors = Literal["per_expert", "shared"]
 Rest = Literal["sharded", "replicated"]
-Exchange = Literal["sums", "copies"]
 ActivationDtype = Literal["float32", "bfloat16"]
 
 
@@ -197,10 +196,6 @@ class MeshSection(Section):
     expert_buffer: Annotated[float, Field(ge=0.01, le=1000, allow_inf_nan=False)] = Field(
         default=1.5,
         description="rows an expert pass holds, times a device's mean; what is beyond takes more passes",
-    )
-    exchange: Exchange = Field(
-        default="sums",
-        description="how rows come back: summed on the way, or copied and summed on arrival",
     )
     half_batches: Literal[1, 2] = Field(
         default=1,

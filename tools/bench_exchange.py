@@ -20,9 +20,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kimi_jax.config import Exchange
-from kimi_jax.parallel.environment import COPY_ENGINES, XLA_COPY_ENGINES
-
 ROOT = Path(__file__).parents[1]
 HIDDEN, OUT = 7168, 4096
 EXPERTS, CHOSEN = 48, 8  # of a rank; of a token
@@ -30,9 +27,12 @@ EXPERTS, CHOSEN = 48, 8  # of a rank; of a token
 
 @dataclass(frozen=True)
 class Way:
-    """exchange: `mesh.exchange`. environment, options: of the process, and of the compiler."""
+    """copies: rows come back by an all-to-all, and are summed on arrival instead of on the way.
 
-    exchange: Exchange = "sums"
+    environment, options: of the process, and of the compiler.
+    """
+
+    copies: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     xla_flags: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -41,9 +41,13 @@ class Way:
 WAYS = {
     "sums": Way(),
     "sums, 8 blocks": Way(environment={"NCCL_MAX_CTAS": "8"}),
-    "copies": Way("copies"),
-    "copies, 8 blocks": Way("copies", {"NCCL_MAX_CTAS": "8"}),
-    "copy engines": Way("copies", COPY_ENGINES, XLA_COPY_ENGINES),
+    "copies": Way(copies=True),
+    # Copies alone can be made by a GPU's copy engines, which hold no multiprocessor.
+    "copy engines": Way(
+        copies=True,
+        environment={"NCCL_CTA_POLICY": "ZERO"},
+        xla_flags="--xla_gpu_experimental_enable_nccl_symmetric_buffers=true",
+    ),
     "one-sided gather": Way(
         options={"xla_gpu_all_gather_mode": "COLLECTIVES_SYMMETRIC_MEMORY"},
     ),
@@ -126,7 +130,7 @@ def measure(way: Way, options: argparse.Namespace) -> dict[str, Any]:
     from tools.kernel_benches.harness import seconds
 
     count = options.devices or len(jax.devices())
-    ranks = make_ranks(MeshSection(expert=count, exchange=way.exchange))
+    ranks = make_ranks(MeshSection(expert=count))
     assert ranks.mesh is not None, "one device has nothing to exchange"
     tokens, rows = options.tokens, options.tokens * CHOSEN
     one = P("expert")
@@ -149,7 +153,11 @@ def measure(way: Way, options: argparse.Namespace) -> dict[str, Any]:
         return ranks.gather(x).max(axis=1)
 
     def summed(x: Any) -> Any:
-        return ranks.scatter_sum(jnp.tile(x, (count, 1)))
+        rows = jnp.tile(x, (count, 1))
+        if not way.copies:
+            return ranks.scatter_sum(rows)
+        parts = jax.lax.all_to_all(rows.reshape(count, -1, width), "expert", 0, 0)
+        return parts.astype(jnp.float32).sum(axis=0).astype(x.dtype)
 
     def product(a: Any, values: Any, scale: Any, sizes: Any) -> Any:
         return kernels.grouped_matmul(a, PackedWeight(values, scale), sizes)

@@ -23,11 +23,17 @@ CODE_DEVIATION = 4.61  # of int4 codes drawn evenly from -8 to 7
 def random_base(model_def: ModelDef, seed: int = 0) -> dict[str, Any]:
     """The base tree of a model, each array in its place; of one rank alone, its part.
 
-    Matrices keep the size of what they multiply, norms are 1, the router's correction is 0.
+    Matrices keep the size of what they multiply, norms are 1, the router's correction is 0. What is added
+    to the residual stream is smaller by the square root of how often that happens, as deep models
+    begin training: otherwise all tokens grow alike from layer to layer, and choose the same experts.
     """
     ranks = model_def.settings.ranks
     arrays = base_arrays(weight_table(model_def.config), ranks)
-    return {path: _made(arrays[path], ranks, seed) for path in model_def.base_shapes}
+    added = (2 * model_def.config.num_hidden_layers) ** -0.5
+    return {
+        path: _made(arrays[path], ranks, seed, added if _adds(path) else 1.0)
+        for path in model_def.base_shapes
+    }
 
 
 def factor_shapes(model_def: ModelDef) -> dict[str, tuple[int, ...]]:
@@ -39,7 +45,12 @@ def factor_shapes(model_def: ModelDef) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _made(array: BaseArray, ranks: Ranks, seed: int) -> Any:
+def _adds(path: str) -> bool:
+    """Whether a weight's product is added to the residual stream."""
+    return any(f".{name}." in f".{path}." for name in ("o_proj", "down_proj"))
+
+
+def _made(array: BaseArray, ranks: Ranks, seed: int, size: float) -> Any:
     local = local_shape(array.path, array.shape, array.spec, ranks.mesh_shape)
     dtype = _dtype(array)
     key = jax.random.key(seed * 1_000_003 + zlib.crc32(array.path.encode()), impl="rbg")
@@ -50,20 +61,20 @@ def _made(array: BaseArray, ranks: Ranks, seed: int) -> Any:
     def make() -> Any:
         first = ranks.index() * local[sliced] if sliced is not None else 0
         if depth == 0:
-            piece = _slice(array, key, array.shape).astype(dtype)
+            piece = _slice(array, key, array.shape, size).astype(dtype)
             return piece if sliced is None else jax.lax.dynamic_slice_in_dim(piece, first, local[0])
 
         def fill(number: Any, stack: Any) -> Any:
             if depth == 1:
                 place = (number,)
-                piece = _slice(array, jax.random.fold_in(key, number), array.shape[1:])
+                piece = _slice(array, jax.random.fold_in(key, number), array.shape[1:], size)
                 if sliced is not None:
                     piece = jax.lax.dynamic_slice_in_dim(piece, first, local[1])
             else:
                 layer, expert = number // local[1], number % local[1]
                 place = (layer, expert)
                 inner = jax.random.fold_in(jax.random.fold_in(key, layer), first + expert)
-                piece = _slice(array, inner, array.shape[2:])
+                piece = _slice(array, inner, array.shape[2:], size)
             start = (*place, *[0] * (len(local) - depth))
             piece = piece.astype(dtype).reshape(*[1] * depth, *local[depth:])
             return jax.lax.dynamic_update_slice(stack, piece, start)
@@ -80,16 +91,16 @@ def _dtype(array: BaseArray) -> Any:
     return jnp.float32 if array.weight.storage == "fp32" else jnp.bfloat16
 
 
-def _slice(array: BaseArray, key: Any, shape: tuple[int, ...]) -> Any:
+def _slice(array: BaseArray, key: Any, shape: tuple[int, ...], size: float) -> Any:
     weight = array.weight
     if array.leaf == "values":
         return jax.random.randint(key, shape, -8, 8, jnp.int8)
     if array.leaf == "scale":
-        typical = 1 / (CODE_DEVIATION * (shape[0] * GROUP_SIZE) ** 0.5)
+        typical = size / (CODE_DEVIATION * (shape[0] * GROUP_SIZE) ** 0.5)
         return jax.random.uniform(key, shape, minval=0.5 * typical, maxval=1.5 * typical)
     if weight.role == "norm":
         return jnp.ones(shape)
     if len(shape) == 1:
         return jnp.zeros(shape)
     gain = 1.0 if weight.role == "embedding" else shape[-1] ** -0.5
-    return gain * jax.random.normal(key, shape)
+    return size * gain * jax.random.normal(key, shape)

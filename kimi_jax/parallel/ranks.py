@@ -15,8 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from kimi_jax.config import Exchange, MeshSection, Rest
-from kimi_jax.parallel import exchange
+from kimi_jax.config import MeshSection, Rest
 from kimi_jax.parallel.mesh import AXES, DATA, EXPERT, make_mesh
 
 BUFFER_MULTIPLE = 128  # rows of an expert buffer, for the kernels' tiles
@@ -35,7 +34,6 @@ class Ranks:
         rest: whether weights that are not experts' are stored in parts and gathered at each use.
         buffer: rows of an expert buffer, as a multiple of the mean rank's assignments. More rows than
             that are computed in further passes; none are dropped.
-        exchange: how rows come back to their rank, see `kimi_jax.parallel.exchange`.
         rows: `split`, each rank has rows of its own, or `whole`, all ranks have the same rows.
     """
 
@@ -45,7 +43,6 @@ class Ranks:
     alone: bool = False
     rest: Rest = "sharded"
     buffer: float = 1.5
-    exchange: Exchange = "sums"
     rows: Literal["split", "whole"] = "split"
 
     def __post_init__(self) -> None:
@@ -118,7 +115,7 @@ class Ranks:
             return x
         if self.alone:
             return jnp.tile(x, (self.expert, *[1] * (x.ndim - 1)))
-        return exchange.gather(x, EXPERT, self.exchange)
+        return jax.lax.all_gather(x, EXPERT, tiled=True)
 
     def gather_weight(self, weight: Array) -> Array:
         """Every expert rank's rows of a weight [out, in].
@@ -136,7 +133,7 @@ class Ranks:
             return x
         if self.alone:
             return x.reshape(self.expert, -1, *x.shape[1:]).sum(axis=0, dtype=x.dtype)
-        return exchange.scatter_sum(x, EXPERT, self.exchange)
+        return jax.lax.psum_scatter(x, EXPERT, tiled=True)
 
     def gather_last(self, x: Array) -> Array:
         """Every expert rank's `x`, one after the other along the last dimension."""
@@ -203,7 +200,6 @@ def abstract_ranks(settings: MeshSection) -> Ranks:
         alone=settings.expert * settings.data > 1,
         rest=settings.rest,
         buffer=settings.expert_buffer,
-        exchange=settings.exchange,
     )
 
 

@@ -41,7 +41,7 @@ def trainers(checkpoint, tmp_path_factory, light_compiler):
 
 
 OWN_BIAS = {}  # the checkpoint's, by trainer
-HALVES = {"expert": 4, "expert_buffer": 0.3, "half_batches": 2, "exchange": "copies"}
+HALVES = {"expert": 4, "expert_buffer": 0.3, "half_batches": 2}
 
 
 def begin(trainer, routing):
@@ -104,8 +104,8 @@ def compare(mesh, one, routing, given):
         assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max(), path
 
 
-def test_parts_of_two_rows_and_one_that_travel_by_copies(trainers, checkpoint, tmp_path):
-    """Three rows on each of four devices; nothing is summed on the way."""
+def test_parts_of_two_rows_and_one(trainers, checkpoint, tmp_path):
+    """Three rows on each of four devices."""
     write_rows(tmp_path / "train.jsonl")
     given = tiny_run(tmp_path, checkpoint, train__micro_batch=12, train__learning_rate=1e-3)
     halves = Trainer(given | {"mesh": HALVES})

@@ -86,11 +86,15 @@ def make_rank(config: RunConfig, model: ModelConfig, ranks: Ranks | None = None)
 
 
 def with_rows(config: RunConfig, length: int, tokens: int) -> RunConfig:
-    """The same run with rows of `length`: as many as make `tokens` on each device, at least one."""
+    """The same run with rows of `length`: as many as make `tokens` on each device, at least one.
+
+    A single row is not cut in halves.
+    """
     values = config.model_dump()
     devices = config.mesh.expert * config.mesh.data
     rows = max(1, tokens // length)
     values["train"] |= {"sequence_length": length, "micro_batch": rows * devices}
+    values["mesh"]["half_batches"] = min(rows, config.mesh.half_batches)
     return load_config(values)
 
 

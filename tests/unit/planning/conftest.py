@@ -23,6 +23,7 @@ def on_eight():
 
     def configure(*overrides):
         plain = ["train.micro_batch=32", "train.keep=[]", "mesh.expert_buffer=1.5"]
+        plain.append("mesh.half_batches=1")
         return load_config(RECIPE, [f"model.checkpoint={ARCHITECTURE}", *plain, *overrides])
 
     return configure

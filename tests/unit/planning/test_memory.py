@@ -50,9 +50,9 @@ def test_plan_against_the_compiler(on_eight):
 
 
 def test_plan_of_the_recipe_against_the_compiler():
-    """128.2 GiB: `tools/bench_step.py` on one H200, one rank of the eight."""
+    """124.6 GiB, compiled for eight absent H200; four H200 with as many experts each had 127.7."""
     recipe = load_config(RECIPE, [f"model.checkpoint={ARCHITECTURE}"])
-    assert plan(recipe).program == pytest.approx(128.2 * GIB, rel=0.10)
+    assert plan(recipe).program == pytest.approx(124.6 * GIB, rel=0.10)
 
 
 def test_parameters(on_eight):

@@ -221,6 +221,7 @@ def test_packed_rows_are_documents_side_by_side(on_eight):
     assert (weights.sum() + len(case.documents)) == case.real_tokens
     longer = with_rows(on_eight.config, 32768, 8192)
     assert (longer.train.micro_batch, longer.train.sequence_length) == (8, 32768)
+    assert (on_eight.config.mesh.half_batches, longer.mesh.half_batches) == (2, 1)
 
 
 def test_skewed_routing_treats_all_ranks_alike(on_eight):

@@ -1,5 +1,6 @@
 """From axis letters to mesh axes: where the dimensions of an array go."""
 
+import math
 from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
@@ -58,11 +59,13 @@ def local_shape(
         UserError: a dimension that cannot be cut into equal parts.
     """
     local = list(shape)
-    for dimension, axis in enumerate(spec):
-        parts = mesh_shape.get(axis, 1) if isinstance(axis, str) else 1
+    for dimension, entry in enumerate(spec):
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        parts = math.prod(mesh_shape.get(axis, 1) for axis in axes)
         if local[dimension] % parts:
+            over = " × ".join(f"mesh.{axis}" for axis in axes)
             raise UserError(
-                f"{name}: {local[dimension]} cannot be divided over mesh.{axis} = {parts}; "
+                f"{name}: {local[dimension]} cannot be divided over {over} = {parts}; "
                 f"{local[dimension]} / {parts} is not a whole number"
             )
         local[dimension] //= parts

@@ -59,7 +59,7 @@ def collectives(text: str) -> list[Collective]:
     """
     runs = _runs(text)
     found = []
-    for computation, line in _lines(text):
+    for computation, line in lines(text):
         if match := _COLLECTIVE.search(line):
             shapes, kind, started, _ = match.groups()
             arrays = arrays_in(shapes)
@@ -94,7 +94,7 @@ def arrays_in(text: str) -> list[Array]:
 def results(text: str) -> Counter[tuple[str, Array]]:
     """How often each operation gives back each array, `(operation, array)`; tuples are left out."""
     counted: Counter[tuple[str, Array]] = Counter()
-    for _, line in _lines(text):
+    for _, line in lines(text):
         _, separator, rest = line.partition(" = ")
         if not separator or rest.startswith("("):
             continue
@@ -104,7 +104,21 @@ def results(text: str) -> Counter[tuple[str, Array]]:
     return counted
 
 
-def _lines(text: str) -> Iterator[tuple[str, str]]:
+def entry_of(text: str) -> str | None:
+    """Name of the computation that a program begins with; None: this is no program's text."""
+    found = (
+        match[2] for line in text.splitlines() if (match := _COMPUTATION.match(line)) and match[1]
+    )
+    return next(found, None)
+
+
+def turns(line: str) -> int | None:
+    """How often the loop of this line runs its body; None: the compiler does not know."""
+    known = _TRIPS.search(line)
+    return int(known[1]) if known else None
+
+
+def lines(text: str) -> Iterator[tuple[str, str]]:
     """Each line, with the name of the computation that it stands in."""
     computation = ""
     for line in text.splitlines():
@@ -125,8 +139,8 @@ def _runs(text: str) -> dict[str, int]:
             entry = current if match[1] else entry
             continue
         if called := _CALLED.findall(line):
-            trips = _TRIPS.search(line)
-            times = int(trips[1]) if trips and " while(" in line else 1
+            known = turns(line) if " while(" in line else None
+            times = 1 if known is None else known
             names = [name.strip().lstrip("%") for group in called for name in group.split(",")]
             calls[current] += [(name, times) for name in names]
     runs: Counter[str] = Counter()

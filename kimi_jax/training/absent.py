@@ -21,9 +21,10 @@ from kimi_jax.errors import UserError
 from kimi_jax.kernels.hopper import compiler_options
 from kimi_jax.kernels.target import compiling_for
 from kimi_jax.model.config import ModelConfig
-from kimi_jax.parallel.ranks import MICRO_BATCHES, REPLICATED, Ranks, make_ranks
+from kimi_jax.parallel.ranks import MICRO_BATCHES, REPLICATED, Ranks, abstract_ranks, make_ranks
+from kimi_jax.parallel.sharding import local_shape
 from kimi_jax.planning.compiled import CompiledStep
-from kimi_jax.planning.gpus import Gpu, find_gpu
+from kimi_jax.planning.gpus import DEFAULT, Gpu, find_gpu
 from kimi_jax.planning.hlo import collectives
 from kimi_jax.planning.memory import read_architecture
 from kimi_jax.training.loss import BATCH_FIELDS
@@ -74,15 +75,18 @@ def abstract_step(
         config: of the run.
         model: the checkpoint's.
         ranks: of the run, on devices that may be absent.
-        device: the one device, where the ranks have no mesh; None: the first that JAX sees.
+        device: the one device, where the ranks have no mesh; None: the first that JAX sees. Of a rank
+            alone, the arguments are its parts and its rows.
     """
     train, model_def = config.train, model_of(config, model, ranks)
     optimizer = make_optimizer(train)
     alone = None if device is None else SingleDeviceSharding(device)
 
     def place(leaf: Any, spec: PartitionSpec) -> Any:
-        sharding = ranks.sharding(spec) or alone
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        shape = leaf.shape
+        if ranks.mesh is None:
+            shape = local_shape("an argument of the step", shape, spec, ranks.mesh_shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=ranks.sharding(spec) or alone)
 
     def place_all(leaves: Mapping[str, Any], specs: Mapping[str, PartitionSpec]) -> dict[str, Any]:
         return {path: place(leaf, specs[path]) for path, leaf in leaves.items()}
@@ -125,6 +129,27 @@ def compile_run(config: RunConfig, device: str, topology: str | None = None) -> 
     devices = absent_devices(gpu, *_stand(config, topology))
     ranks = make_ranks(config.mesh, devices)
     return compile_step(config, read_architecture(config), ranks, gpu, devices[0])[0]
+
+
+def compile_alone(
+    config: RunConfig, model: ModelConfig, device: str = DEFAULT
+) -> tuple[CompiledStep, str]:
+    """Compiles the step of one rank of a run alone, on one absent device: for counting, see `Ranks`.
+
+    Args:
+        config: of the run.
+        model: the checkpoint's.
+        device: a kind of GPU.
+
+    Returns:
+        The report, and the optimised program's text.
+
+    Raises:
+        UserError: see `absent_devices`.
+    """
+    gpu = find_gpu(device)
+    (alone,) = absent_devices(gpu, 1, 1)
+    return compile_step(config, model, abstract_ranks(config.mesh), gpu, alone)
 
 
 def compile_step(

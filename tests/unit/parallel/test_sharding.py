@@ -46,6 +46,10 @@ def test_partition_refuses_collisions(axes, rules, complaint):
 
 def test_local_shape_refuses_uneven_parts():
     assert local_shape("w", (16, 6), P("expert", None), {"expert": 8}) == (2, 6)
+    assert local_shape("rows", (3, 16), P(None, ("data", "expert")), {"data": 2, "expert": 4}) == (
+        3,
+        2,
+    )
     with pytest.raises(UserError, match=r"w: 12 cannot be divided over mesh.expert = 8"):
         local_shape("w", (12, 6), P("expert", None), {"expert": 8})
 

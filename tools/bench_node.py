@@ -16,6 +16,8 @@ Each section runs in a process of its own, but for those on the same ranks that 
     import           a synthetic checkpoint onto all GPUs, cold and warm; written while `rank` compiles
     rank_breakdown   as breakdown, of the rank alone; if asked for
 
+With --compile-ahead the step of all GPUs is compiled while `rank` runs.
+
 What was found is in the JSON file after every case; a section that fails does not stop the others, and the
 exit code is 1 then. At the limit whatever runs is stopped. Without a GPU all but traces runs, for a small
 model.
@@ -28,7 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
@@ -40,10 +42,11 @@ from kimi_jax.command import run_command
 from kimi_jax.config_file import load_config
 from kimi_jax.weights.reader import INDEX
 from tools.node_bench import tables
+from tools.node_bench.ahead import compile_step, environment
 from tools.node_bench.comparison import compare
 from tools.node_bench.importing import SYNTHETIC, room, write_synthetic
 from tools.node_bench.record import WRONG, Record, run_sections
-from tools.node_bench.runner import WORKERS, WRITE, Runner
+from tools.node_bench.runner import COMPILE, WORKERS, WRITE, Runner
 from tools.node_bench.size import Node, cut
 from tools.node_bench.worker import make_worker
 from tools.step_bench import cases
@@ -80,6 +83,11 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
         "--directory", type=Path, default=Path("runs/bench_node"), help="for checkpoints' files"
     )
     parser.add_argument("--gib", type=float, default=40, help="of the checkpoint, at most")
+    parser.add_argument(
+        "--compile-ahead",
+        action="store_true",
+        help="the step of all GPUs beside `rank`, into JAX_COMPILATION_CACHE_DIR; saves minutes",
+    )
     parser.add_argument("--keep-files", action="store_true", help="leave the synthetic checkpoint")
     parser.add_argument("--keep-trace", type=Path, help="directory for the profiler's files")
     parser.add_argument("--worker", type=lambda text: text.split(","), help=argparse.SUPPRESS)
@@ -91,6 +99,8 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     unknown = [name for name in options.sections if name not in WORKERS]
     if unknown or not options.sections:
         parser.error(f"--sections: {' '.join(unknown) or 'none'}; known: {', '.join(WORKERS)}")
+    if options.compile_ahead and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        parser.error("--compile-ahead: JAX_COMPILATION_CACHE_DIR must name a directory")
     if options.new_tokens < 2 or options.steps < 2:
         parser.error("--new-tokens and --steps must be at least 2")
     return options
@@ -106,6 +116,10 @@ def worker(options: argparse.Namespace, given: Sequence[str], node: Node, consol
             highlight=False,
         )
         return 0
+    if options.worker == [COMPILE]:
+        lowered, compiled = compile_step(node)
+        console.print(f"ahead: traced and lowered {lowered:.1f} s, compiled {compiled:.1f} s")
+        return 0
     record = Record(options.json)
     made = make_worker(WORKERS[options.worker[0]], node, options, record, console)
     if "machine" not in record.values:
@@ -117,9 +131,9 @@ def worker(options: argparse.Namespace, given: Sequence[str], node: Node, consol
     return run_sections(options.worker, made.sections(WORKERS[options.worker[0]]), record, console)
 
 
-def start(arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
-    """A process of this script."""
-    return subprocess.Popen([sys.executable, __file__, *arguments])
+def start(arguments: Sequence[str], changes: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """A process of this script, in an environment with these changes."""
+    return subprocess.Popen([sys.executable, __file__, *arguments], env={**os.environ, **changes})
 
 
 def measure(options: argparse.Namespace, given: Sequence[str], node: Node, console: Console) -> int:
@@ -139,11 +153,13 @@ def measure(options: argparse.Namespace, given: Sequence[str], node: Node, conso
 
     def begin(names: Sequence[str]) -> "subprocess.Popen[bytes]":
         own = ["--worker", ",".join(names), "--json", str(options.json), "--gib", f"{gib}"]
-        return start([*given, *own])
+        changes = environment(node.devices) if list(names) == [COMPILE] else {}
+        return start([*given, *own], changes)
 
     runner = Runner(begin, options.limit, record, console)
     try:
-        runner.run(options.sections, write)
+        prepare = [WRITE] * write + [COMPILE] * options.compile_ahead
+        runner.run(options.sections, prepare)
     finally:
         record.load()
         if write and not options.keep_files:

@@ -13,7 +13,8 @@ from rich.console import Console
 from tools.node_bench.record import FAILED, NOT_RUN, RUNNING, SICK, STOPPED, Record
 from tools.step_bench.machine import seconds_since_start
 
-RANK, MESH, IMPORT, WRITE = "rank", "mesh", "import", "write"
+RANK, MESH, IMPORT = "rank", "mesh", "import"
+WRITE, COMPILE = "write", "compile"
 WORKERS = {
     "rank": RANK,
     "rank_breakdown": RANK,
@@ -24,10 +25,12 @@ WORKERS = {
     "import": IMPORT,
 }
 """The kind of process that a section runs in. Sections that follow each other share one."""
+PREPARED = {IMPORT: WRITE, MESH: COMPILE}
+"""What a kind of process may want done before it: by a process that can run beside a rank alone."""
 PATIENCE = 10.0  # seconds that a stopped worker gets to end by itself
 
 Start = Callable[[Sequence[str]], "subprocess.Popen[bytes]"]
-"""Starts a worker for sections, or for `write`."""
+"""Starts a worker for sections, or for something of `PREPARED`."""
 
 
 class Runner:
@@ -44,37 +47,47 @@ class Runner:
         """
         self.start, self.limit = start, limit
         self.record, self.console = record, console
-        self.writer: subprocess.Popen[bytes] | None = None
+        self.beside: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def left(self) -> float:
         """Seconds until the limit."""
         return self.limit - seconds_since_start()
 
-    def run(self, sections: Sequence[str], write: bool) -> None:
+    def run(self, sections: Sequence[str], prepare: Sequence[str] = ()) -> None:
         """Runs sections in this order.
 
         Args:
             sections: names from `WORKERS`.
-            write: whether a checkpoint has to be written for the import. That takes the disk and a few
-                cores, so it begins at once if a rank alone comes first, which compiles for a minute.
+            prepare: of `PREPARED`, what is wanted: `write`, a checkpoint for the import, and `compile`,
+                the step into the compilation cache. Both take cores and no GPU to speak of, so they
+                begin at once if a rank alone comes first, which compiles for a minute itself.
         """
         for name in sections:
             self.record.section(name)
         self.record.save()
         groups = [(kind, list(names)) for kind, names in groupby(sections, WORKERS.__getitem__)]
         try:
-            if write and groups[0][0] == RANK and any(kind == IMPORT for kind, _ in groups):
-                self.writer = self.start([WRITE])
+            if groups[0][0] == RANK:
+                for kind, _ in groups:
+                    self.begin(kind, prepare)
             for kind, names in groups:
-                if kind == IMPORT and write and self.writer is None and self.left > 0:
-                    self.writer = self.start([WRITE])
-                if kind != RANK and self.writer is not None:  # nothing is measured beside it
-                    self.wait(self.writer)
+                if kind == IMPORT:  # the step would compile as fast by itself
+                    self.begin(kind, prepare)
+                if kind != RANK:  # nothing is measured beside them
+                    for process in self.beside.values():
+                        self.wait(process)
                 self.group(names)
         finally:
-            if self.writer is not None and self.writer.poll() is None:
-                self.stop(self.writer)
+            for process in self.beside.values():
+                if process.poll() is None:
+                    self.stop(process)
+
+    def begin(self, kind: str, prepare: Sequence[str]) -> None:
+        """Starts what is wanted before this kind of process, unless it was."""
+        what = PREPARED.get(kind, "")
+        if what in prepare and what not in self.beside and self.left > 0:
+            self.beside[what] = self.start([what])
 
     def group(self, names: Sequence[str]) -> None:
         """Runs sections that share a worker; another follows if it died at one of several."""

@@ -83,16 +83,16 @@ class Node:
     def __call__(self, names):
         self.started.append(list(names))
         how = self.how.get(names[0], "well")
-        code = "pass" if how == "nothing" or names == ["write"] else WORKER
+        code = "pass" if how == "nothing" or names in (["write"], ["compile"]) else WORKER
         command = [sys.executable, "-c", code, str(self.path), how, *names]
         return subprocess.Popen(command)
 
 
-def run_all(tmp_path, sections, seconds=60.0, write=False, **how):
+def run_all(tmp_path, sections, seconds=60.0, prepare=(), **how):
     path = tmp_path / "found.json"
     node, record = Node(path, **how), Record(path)
     limit = seconds_since_start() + seconds
-    Runner(node, limit, record, QUIET).run(sections, write)
+    Runner(node, limit, record, QUIET).run(sections, prepare)
     return node.started, {name: found["state"] for name, found in record.sections.items()}
 
 
@@ -130,11 +130,12 @@ def test_at_the_limit_what_runs_is_stopped(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "wanted"),
     [
-        (["rank", "step", "import"], ["write", "rank", "step", "import"]),
+        (["rank", "step", "import"], ["compile", "write", "rank", "step", "import"]),
         (["step", "import"], ["step", "write", "import"]),
-        (["rank", "step"], ["rank", "step"]),
+        (["rank", "step"], ["compile", "rank", "step"]),
+        (["rank", "import"], ["write", "rank", "import"]),
     ],
 )
-def test_the_checkpoint_is_written_while_a_rank_compiles(tmp_path, sections, wanted):
-    started, _ = run_all(tmp_path, sections, write="import" in sections)
+def test_what_is_prepared_while_a_rank_compiles(tmp_path, sections, wanted):
+    started, _ = run_all(tmp_path, sections, prepare=["write", "compile"])
     assert [",".join(names) for names in started] == wanted

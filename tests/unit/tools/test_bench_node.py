@@ -303,7 +303,7 @@ def host_base(rank):
 class InProcess:
     """A worker that has run by the time it is started."""
 
-    def __init__(self, arguments):
+    def __init__(self, arguments, changes):
         try:
             bench_node.main(arguments)
             self.code = 0

@@ -8,6 +8,8 @@ import jax
 import pytest
 from rich.console import Console
 
+from tools import bench_node
+from tools.node_bench.ahead import environment
 from tools.node_bench.record import SICK, Record, Skipped, run_sections
 from tools.node_bench.runner import Runner
 from tools.node_bench.tables import headline
@@ -139,3 +141,22 @@ def test_at_the_limit_what_runs_is_stopped(tmp_path):
 def test_what_is_prepared_while_a_rank_compiles(tmp_path, sections, wanted):
     started, _ = run_all(tmp_path, sections, prepare=["write", "compile"])
     assert [",".join(names) for names in started] == wanted
+
+
+@pytest.mark.parametrize(("visible", "wanted"), [(None, "1,2,3,0"), ("4,6,7,5", "6,7,5,4")])
+def test_what_compiles_beside_a_rank_leaves_its_gpu_alone(monkeypatch, visible, wanted):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    changes = environment(4)
+    assert changes["CUDA_VISIBLE_DEVICES"] == wanted
+    assert changes["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+
+
+def test_compiling_ahead_wants_a_cache(monkeypatch, capsys):
+    """Without one the work would be for nothing."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    with pytest.raises(SystemExit) as ending:
+        bench_node.arguments(["--config", "run.yaml", "--compile-ahead"])
+    assert ending.value.code == 2
+    assert "JAX_COMPILATION_CACHE_DIR" in capsys.readouterr().err

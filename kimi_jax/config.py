@@ -204,13 +204,14 @@ class MeshSection(Section):
 
     def problem_of(self, rows: int) -> str | None:
         """What a number of rows of all devices would have to be, if it cannot be spread over them."""
-        devices = f"mesh.expert × mesh.data = {self.expert} × {self.data}"
         count = self.expert * self.data
+        devices, numbers = "mesh.expert × mesh.data", f"{self.expert} × {self.data}"
         if rows % count:
-            return f"a multiple of {devices} = {count}, so that every device has as many rows"
+            same = "so that every device has as many rows"
+            return f"a multiple of {devices} = {numbers} = {count}, {same}"
         if rows < count * self.half_batches:
-            least = count * self.half_batches
-            return f"at least {devices} × mesh.half_batches = {self.half_batches}, which is {least}"
+            numbers += f" × {self.half_batches} = {count * self.half_batches}"
+            return f"at least {devices} × mesh.half_batches = {numbers}"
         return None
 
 

@@ -159,7 +159,10 @@ def test_load_on_a_mesh(checkpoint, trainers):
     [
         ({"expert": 3}, "train.micro_batch is 8; it must be a multiple"),
         ({"expert": 16}, "train.micro_batch is 8; it must be a multiple"),
-        ({"expert": 8, "half_batches": 2}, "8 × 1 × mesh.half_batches = 2, which is 16"),
+        (
+            {"expert": 8, "half_batches": 2},
+            "at least mesh.expert × mesh.data × mesh.half_batches = 8 × 1 × 2 = 16",
+        ),
         ({"expert": 8, "rest": "halved"}, "mesh.rest"),
     ],
 )

@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         print("RESULT " + json.dumps(measure(WAYS[options.child], options)), flush=True)
-        os._exit(0)  # a communicator without blocks has been seen to hang when it is taken down
+        os._exit(0)  # taking down a communicator without blocks is reported to hang
     found = {name: run(name, options) for name in options.only}
     for name, result in found.items():
         print(f"\n{name}: {json.dumps(asdict(WAYS[name]))}")
@@ -80,13 +80,21 @@ def main() -> None:
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One way, in a process of its own."""
+    """One way, in a process of its own, and whether NCCL said that it used copy engines."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "nccl.log"
+        result = run_child(name, options, log)
+        said = log.read_text(errors="replace") if log.exists() else ""
+    return result | {"NCCL says copy engine": said.count("Copy Engine")}
+
+
+def run_child(name: str, options: argparse.Namespace, log: Path) -> dict[str, Any]:
+    """What the process found, or how it ended."""
     way = WAYS[name]
     command = [sys.executable, __file__, "--child", name, "--tokens", str(options.tokens)]
     command += ["--width", str(options.width)]
     if options.devices:
         command += ["--devices", str(options.devices)]
-    log = Path(tempfile.mkdtemp()) / "nccl.log"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {way.xla_flags}".strip()
     environment = {
         **os.environ,
@@ -102,16 +110,13 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             command, cwd=ROOT, env=environment, capture_output=True, text=True,
             timeout=options.limit, check=False,
         )  # fmt: skip
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        said = (done.stderr or done.stdout).splitlines()[-12:]
-        result: dict[str, Any] = {"failed": done.returncode, "said": said}
-        if lines:
-            result = json.loads(lines[0][7:])
     except subprocess.TimeoutExpired:
-        result = {"failed": f"stopped after {options.limit:g} s"}
-    text = log.read_text(errors="replace") if log.exists() else ""
-    result["NCCL says copy engine"] = text.count("Copy Engine")
-    return result
+        return {"failed": f"stopped after {options.limit:g} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if lines:
+        return json.loads(lines[0][7:])
+    said = (done.stderr or done.stdout).splitlines()[-12:]
+    return {"failed": done.returncode, "said": said}
 
 
 def measure(way: Way, options: argparse.Namespace) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _forward(
         return tuple(product(x, weight) for weight in weights), (operands, None)
     low = checkpoint_name(product(x, join.a), LOW_RANK)
     if join.widens:
-        joined = join.padded([x, low], axis=1)
+        joined = padded([x, low], axis=1)
         ys = tuple(product(joined, weight) for weight in join.weights)
     else:
         ys = tuple(
@@ -103,7 +103,7 @@ def _backward(
     else:
         thin = [_pull_back(dy, b) for dy, b in zip(dys, join.b, strict=True) if b is not None]
         d_low = jnp.concatenate(thin, axis=1)
-        dx = _pull_back(join.padded([*dys, d_low], axis=1), join.padded([*rows, join.a], axis=0))
+        dx = _pull_back(padded([*dys, d_low], axis=1), padded([*rows, join.a], axis=0))
     da = jnp.einsum("tr,ti->ri", d_low, x, preferred_element_type=f32)
     gradients = [
         pair
@@ -144,12 +144,6 @@ class _Join:
         rows = [pair.a.astype(x.dtype) for pair in factors if pair is not None]
         self.a = jnp.concatenate(rows) if rows else jnp.zeros((0, x.shape[1]), x.dtype)
 
-    def padded(self, parts: list[Array], axis: int) -> Array:
-        """Parts, of which the last has all adapters' ranks, and zeros up to a multiple of ranks."""
-        shape = list(parts[-1].shape)
-        shape[axis] = -self.ranks % MULTIPLE
-        return jnp.concatenate([*parts, jnp.zeros(shape, self.dtype)], axis)
-
     @property
     def weights(self) -> list[Array]:
         """Each product's weight, then its b, with zeros for the ranks of the others."""
@@ -158,8 +152,16 @@ class _Join:
             if b is None:
                 b = jnp.zeros((weight.shape[0], 0), self.dtype)
             placed = jnp.pad(b, ((0, 0), (columns.start, self.ranks - columns.stop)))
-            joined.append(self.padded([weight.astype(self.dtype), placed], axis=1))
+            joined.append(padded([weight.astype(self.dtype), placed], axis=1))
         return joined
+
+
+def padded(parts: list[Array], axis: int) -> Array:
+    """Parts beside each other, the last of them an adapter's, or several's, with zeros up to `MULTIPLE`."""
+    last = parts[-1]
+    shape = list(last.shape)
+    shape[axis] = -shape[axis] % MULTIPLE
+    return jnp.concatenate([*parts, jnp.zeros(shape, last.dtype)], axis)
 
 
 def _pull_back(dy: Array, weight: Array) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels.linear.joined import MULTIPLE
+from kimi_jax.kernels.linear.joined import padded
 from kimi_jax.kernels.types import LinearAdapter
 
 
@@ -156,14 +156,8 @@ def _joined(head: _Head, factors: _Factors, dtype: jnp.dtype) -> _Head:
     weight = head.weight.astype(dtype)
     if factors is not None:
         b = (head.scale * factors[1]).astype(dtype)
-        weight = _padded([weight, b])
+        weight = padded([weight, b], axis=1)
     return head._replace(weight=weight)
-
-
-def _padded(parts: list[Array]) -> Array:
-    """Columns beside each other, and zeros up to a multiple of the last part's."""
-    rows, rank = parts[-1].shape
-    return jnp.concatenate([*parts, jnp.zeros((rows, -rank % MULTIPLE), parts[-1].dtype)], axis=1)
 
 
 def _product(equation: str, left: Array, right: Array) -> Array:
@@ -183,7 +177,7 @@ def _logits(
     rows, low = chunk.hidden, None
     if factors is not None:
         low = _product("td,rd->tr", rows, factors[0].astype(rows.dtype)).astype(rows.dtype)
-        rows = _padded([rows, low])
+        rows = padded([rows, low], axis=1)
     return _product("td,vd->tv", rows, head.weight), chunk, low
 
 

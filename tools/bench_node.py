@@ -9,14 +9,15 @@ holds and computes what one of the recipe's would: the number of experts shrinks
 Each section runs in a process of its own, but for those on the same ranks that follow each other:
 
     rank             one rank alone on one GPU, copies of its own rows in place of exchanges
-    step             the train step on all GPUs: steady (one step ahead of the host), blocked, packed rows
+    step             the train step on all GPUs: steady (one step ahead of the host), blocked, packed rows,
+                     and skewed routing
     breakdown        its parts on the first GPU, by a program without command buffers; compiles once more
     checkpoint       adapters and moments saved and restored
     decode           tokens a second with the latent cache
     import           a synthetic checkpoint onto all GPUs, cold and warm; written while `rank` compiles
     rank_breakdown   as breakdown, of the rank alone; if asked for
 
-With --compile-ahead the step of all GPUs is compiled while `rank` runs.
+With --compile-ahead the programs of all GPUs' steps are compiled while `rank` runs.
 
 What was found is in the JSON file after every case; a section that fails does not stop the others, and the
 exit code is 1 then. At the limit whatever runs is stopped. Without a GPU all but traces runs, for a small
@@ -46,7 +47,7 @@ from tools.node_bench.ahead import compile_step, environment
 from tools.node_bench.comparison import compare
 from tools.node_bench.importing import SYNTHETIC, room, write_synthetic
 from tools.node_bench.record import WRONG, Record, run_sections
-from tools.node_bench.runner import COMPILE, WORKERS, WRITE, Runner
+from tools.node_bench.runner import COMPILE, COMPILE_TRACED, WORKERS, WRITE, Runner
 from tools.node_bench.size import Node, cut
 from tools.node_bench.worker import make_worker
 from tools.step_bench import cases
@@ -86,7 +87,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compile-ahead",
         action="store_true",
-        help="the step of all GPUs beside `rank`, into JAX_COMPILATION_CACHE_DIR; saves minutes",
+        help="all GPUs' programs beside `rank`, into JAX_COMPILATION_CACHE_DIR; saves minutes",
     )
     parser.add_argument("--keep-files", action="store_true", help="leave the synthetic checkpoint")
     parser.add_argument("--keep-trace", type=Path, help="directory for the profiler's files")
@@ -116,9 +117,9 @@ def worker(options: argparse.Namespace, given: Sequence[str], node: Node, consol
             highlight=False,
         )
         return 0
-    if options.worker == [COMPILE]:
-        lowered, compiled = compile_step(node)
-        console.print(f"ahead: traced and lowered {lowered:.1f} s, compiled {compiled:.1f} s")
+    if options.worker in ([COMPILE], [COMPILE_TRACED]):
+        seconds = compile_step(node, options.worker == [COMPILE_TRACED])
+        console.print(f"{options.worker[0]}: {seconds.describe()}", highlight=False)
         return 0
     record = Record(options.json)
     made = make_worker(WORKERS[options.worker[0]], node, options, record, console)
@@ -153,12 +154,15 @@ def measure(options: argparse.Namespace, given: Sequence[str], node: Node, conso
 
     def begin(names: Sequence[str]) -> "subprocess.Popen[bytes]":
         own = ["--worker", ",".join(names), "--json", str(options.json), "--gib", f"{gib}"]
-        changes = environment(node.devices) if list(names) == [COMPILE] else {}
+        compiling = names[0] in (COMPILE, COMPILE_TRACED)
+        changes = environment(node.devices) if compiling else {}
         return start([*given, *own], changes)
 
     runner = Runner(begin, options.limit, record, console)
     try:
-        prepare = [WRITE] * write + [COMPILE] * options.compile_ahead
+        prepare = [WRITE] * write
+        if options.compile_ahead:
+            prepare += [COMPILE] + [COMPILE_TRACED] * ("breakdown" in options.sections)
         runner.run(options.sections, prepare)
     finally:
         record.load()

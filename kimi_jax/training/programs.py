@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kimi_jax.config import TrainSection
 from kimi_jax.kernels.hopper import compiler_options
 from kimi_jax.model.transformer import ModelDef
+from kimi_jax.training.kept import KeptProgram
 from kimi_jax.training.optimizer import make_optimizer
 from kimi_jax.training.own_rate import make_update_at
 from kimi_jax.training.step import make_gradients, make_loss, make_train_step, make_update
@@ -46,9 +47,10 @@ class Programs:
         return jax.jit(make_update_at(self._settings), donate_argnums=0)
 
     @cached_property
-    def train_step(self) -> Any:
-        """`make_train_step`."""
-        return make_train_step(self._model_def, self.optimizer, self._settings.loss_chunk)
+    def train_step(self) -> KeptProgram:
+        """`make_train_step`, kept between processes if JAX is told where."""
+        step = make_train_step(self._model_def, self.optimizer, self._settings.loss_chunk)
+        return KeptProgram(step, "train_step")
 
     @cached_property
     def loss(self) -> Any:

@@ -1,11 +1,13 @@
-"""The step of all GPUs compiled beside a rank alone, into the persistent compilation cache."""
+"""Programs of all GPUs compiled beside a rank alone, into the persistent compilation cache."""
 
 import os
-import time
 
 from kimi_jax.parallel.ranks import make_ranks
 from kimi_jax.training.absent import abstract_step
+from kimi_jax.training.kept import Seconds
 from tools.node_bench.size import Node
+from tools.step_bench.rank import make_rank
+from tools.step_bench.trace import NO_COMMAND_BUFFERS
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -20,11 +22,15 @@ def environment(devices: int) -> dict[str, str]:
     return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", VISIBLE: ",".join([*others, first])}
 
 
-def compile_step(node: Node) -> tuple[float, float]:
-    """Seconds to trace and lower the step, and to compile it; nothing is run."""
-    began = time.perf_counter()
-    step, arguments = abstract_step(node.config, node.model, make_ranks(node.config.mesh))
-    lowered = step.lower(*arguments)
-    middle = time.perf_counter()
-    lowered.compile()
-    return middle - began, time.perf_counter() - middle
+def compile_step(node: Node, traced: bool) -> Seconds:
+    """What it took to compile the step; nothing is run.
+
+    Args:
+        node: of the run.
+        traced: whether the program is meant whose kernels say where they come from.
+    """
+    rank = make_rank(node.config, node.model, make_ranks(node.config.mesh))
+    _, arguments = abstract_step(node.config, node.model, rank.ranks)
+    program = rank.program()
+    program.compile(*arguments, options=NO_COMMAND_BUFFERS if traced else None)
+    return program.seconds

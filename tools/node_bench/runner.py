@@ -14,7 +14,8 @@ from tools.node_bench.record import FAILED, NOT_RUN, RUNNING, SICK, STOPPED, Rec
 from tools.step_bench.machine import seconds_since_start
 
 RANK, MESH, IMPORT = "rank", "mesh", "import"
-WRITE, COMPILE = "write", "compile"
+WRITE = "write"
+COMPILE, COMPILE_TRACED = "compile", "compile_traced"
 WORKERS = {
     "rank": RANK,
     "rank_breakdown": RANK,
@@ -25,8 +26,8 @@ WORKERS = {
     "import": IMPORT,
 }
 """The kind of process that a section runs in. Sections that follow each other share one."""
-PREPARED = {IMPORT: WRITE, MESH: COMPILE}
-"""What a kind of process may want done before it: by a process that can run beside a rank alone."""
+PREPARED = {IMPORT: (WRITE,), MESH: (COMPILE, COMPILE_TRACED)}
+"""What a kind of process may want done before it: by processes that can run beside a rank alone."""
 PATIENCE = 10.0  # seconds that a stopped worker gets to end by itself
 
 Start = Callable[[Sequence[str]], "subprocess.Popen[bytes]"]
@@ -59,9 +60,9 @@ class Runner:
 
         Args:
             sections: names from `WORKERS`.
-            prepare: of `PREPARED`, what is wanted: `write`, a checkpoint for the import, and `compile`,
-                the step into the compilation cache. Both take cores and no GPU to speak of, so they
-                begin at once if a rank alone comes first, which compiles for a minute itself.
+            prepare: of `PREPARED`, what is wanted: `write`, a checkpoint for the import, and the two
+                programs of the step into the compilation cache. They take cores and no GPU to speak
+                of, so they begin at once if a rank alone comes first, which compiles for a minute itself.
         """
         for name in sections:
             self.record.section(name)
@@ -85,9 +86,9 @@ class Runner:
 
     def begin(self, kind: str, prepare: Sequence[str]) -> None:
         """Starts what is wanted before this kind of process, unless it was."""
-        what = PREPARED.get(kind, "")
-        if what in prepare and what not in self.beside and self.left > 0:
-            self.beside[what] = self.start([what])
+        for what in PREPARED.get(kind, ()):
+            if what in prepare and what not in self.beside and self.left > 0:
+                self.beside[what] = self.start([what])
 
     def group(self, names: Sequence[str]) -> None:
         """Runs sections that share a worker; another follows if it died at one of several."""

@@ -25,6 +25,7 @@ from tools.node_bench.importing import SYNTHETIC, measure_import
 from tools.node_bench.record import WRONG, Record, Section, Skipped, told
 from tools.node_bench.runner import MESH, RANK, WORKERS
 from tools.node_bench.size import Node
+from tools.step_bench.cases import routed_base
 from tools.step_bench.floors import Rates
 from tools.step_bench.machine import Startup, ceilings, has_gpu
 from tools.step_bench.measuring import Bench
@@ -124,22 +125,23 @@ class Worker:
         tables.print_cases(console, found, bench.rank)
         failed = [case for case in cases if "error" in case]
         if has_gpu() and len(failed) < len(cases):
-            self._look(found, wanted[0].rows)
+            self._look(found, wanted[0])
         assert not failed, "; ".join(f"{c['rows']}, {c['how']}: {c['error']}" for c in failed)
         assert all(case["finite"] for case in cases), "a step was not finite"
 
-    def _look(self, found: dict[str, Any], rows: str) -> None:
+    def _look(self, found: dict[str, Any], wanted: Wanted) -> None:
         """What ran beside what, in a step of the program as it was measured."""
         bench = self.bench
-        placed = bench.rank.place(bench.case(rows).batch)
-        events = bench.events(bench.compiled, bench.base, placed)
+        placed = bench.rank.place(bench.case(wanted.rows).batch)
+        base = routed_base(bench.rank, bench.base, wanted.routing)
+        events = bench.events(bench.compiled, base, placed)
         if not events:
             self.console.print("No GPU in the profiler's trace.")
             return
         self._overlapped(found, events, "the program as measured")
         first = next(iter(events.values()))
         # Kernels of a command buffer do not say where they come from: products are not told apart.
-        found["usual"] = break_down(first, bench.compiled.as_text()).to_json()
+        found["usual"] = break_down(first, bench.compiled.as_text() or "").to_json()
 
     def _overlapped(
         self, found: dict[str, Any], events: Mapping[int, list[Event]], of: str
@@ -205,6 +207,7 @@ class MeshWorker(Worker):
             Wanted("constant", BLOCKED, few),
             Wanted("constant", AHEAD, self.options.steps),
             Wanted("packed", AHEAD, 2 * few),
+            Wanted("constant", AHEAD, few, "skewed"),
         ]
         self.steps(found, wanted)
 

@@ -110,13 +110,10 @@ class Bench:
         self.standing = memory("bytes_in_use")
         self.sound = rank.ranks.put(np.bool_(True), REPLICATED)
         arguments = (state, base, self._batch("constant"), self.sound)
-        began = time.perf_counter()
-        self.lowered = rank.lower(*arguments)
-        done("train step traced and lowered")
-        middle = time.perf_counter()
-        self.compiled = self.lowered.compile()
-        done("train step compiled")
-        self.compiling = {"lower_s": middle - began, "compile_s": time.perf_counter() - middle}
+        self.program = rank.program()
+        self.compiled = self.program.compile(*arguments)
+        done("train step " + self.program.seconds.describe())
+        self.compiling = self.program.seconds._asdict()
         self.first = self._timed(self.compiled, base, arguments[2])[0]
         done("first step")
         self.report = rank.report(self.compiled)
@@ -158,8 +155,9 @@ class Bench:
         """
         if not has_gpu():
             return []
-        compiled = self.lowered.compile(compiler_options=NO_COMMAND_BUFFERS)
-        text, found = compiled.as_text(), []
+        arguments = (self.state, self.base, self._batch("constant"), self.sound)
+        compiled = self.program.compile(*arguments, options=NO_COMMAND_BUFFERS)
+        text, found = compiled.as_text() or "", []
         for case in cases:
             batch = self._batch(case.case.rows)
             base = routed_base(self.rank, self.base, case.routing)

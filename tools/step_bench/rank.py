@@ -19,8 +19,10 @@ from kimi_jax.planning.compiled import CompiledStep
 from kimi_jax.planning.gpus import DEFAULT, Gpu, find_gpu, known_gpus
 from kimi_jax.planning.memory import MemoryPlan, plan_sizing, sizing_of
 from kimi_jax.training.absent import report_of
+from kimi_jax.training.kept import KeptProgram
 from kimi_jax.training.optimizer import make_optimizer
-from kimi_jax.training.step import TrainState, init_state, make_train_step
+from kimi_jax.training.programs import Programs
+from kimi_jax.training.step import TrainState, init_state
 from kimi_jax.training.structure import model_of
 from tools.random_base import factor_shapes, random_base
 
@@ -64,11 +66,9 @@ class Rank:
             return jax.device_put(dict(batch))
         return self.ranks.put_batch(batch)
 
-    def lower(self, *arguments: Any) -> Any:
-        """The real train step, traced and lowered for (state, base, batch, after)."""
-        train = self.config.train
-        step = make_train_step(self.model_def, make_optimizer(train), train.loss_chunk)
-        return step.lower(*arguments)
+    def program(self) -> KeptProgram:
+        """The real train step, of (state, base, batch, after)."""
+        return Programs(self.model_def, self.config.train).train_step
 
     def plan(self) -> MemoryPlan:
         """Of one rank, on the GPU at hand if it is known."""

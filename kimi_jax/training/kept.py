@@ -1,0 +1,208 @@
+"""Keeps whole compiled programs between processes, so that starting again skips lowering as well.
+
+JAX's persistent cache keeps what XLA makes of a lowered program. Lowering the kernels of a train step takes
+longer than all else then (LOG.md, 2026-11-27), so the executable is kept a second time, under a key that
+is known once the step is traced.
+"""
+
+import hashlib
+import logging
+import os
+import pickle
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+
+from kimi_jax.kernels.hopper import compiler_options
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax", "optax", "numpy")
+_ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
+_SET = re.compile(r"frozenset\(\{([^{}]*)\}\)")
+
+Options = Mapping[str, Any]
+
+
+class Seconds(NamedTuple):
+    """What a program took to get: `load` if it was kept, else `lower` and `compile`."""
+
+    trace: float = 0.0
+    lower: float = 0.0
+    compile: float = 0.0
+    load: float = 0.0
+
+    def describe(self) -> str:
+        """In words."""
+        if self.load:
+            return f"traced in {self.trace:.1f} s, loaded in {self.load:.1f} s"
+        return f"traced in {self.trace:.1f} s, lowered in {self.lower:.1f}, compiled in {self.compile:.1f}"
+
+
+class KeptProgram:
+    """A jitted function of one process whose executables are kept in JAX's compilation cache directory.
+
+    Without `JAX_COMPILATION_CACHE_DIR`, or with several processes, it is the jitted function. The files are
+    as trustworthy as JAX's own: loading one runs what is in it.
+    """
+
+    def __init__(self, jitted: Any, name: str) -> None:
+        """`name` begins the files' names."""
+        self.jitted = jitted
+        self.name = name
+        self.seconds = Seconds()  # of the latest program
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Of arrays: the jitted function."""
+        if directory() is None:
+            return self.jitted(*args)
+        signature = tuple(jax.typeof(leaf) for leaf in jax.tree.leaves(args))
+        if signature not in self._compiled:
+            self._compiled[signature] = self.compile(*args)
+        return self._compiled[signature](*args)
+
+    def compile(self, *args: Any, options: Options | None = None) -> jax.stages.Compiled:
+        """The program for arguments like these (arrays, or shapes with their places), kept or new.
+
+        Args:
+            args: of the function.
+            options: for the compiler, beside those the function was jitted with.
+        """
+        began = time.perf_counter()
+        traced = self.jitted.trace(*args)
+        kept = directory()
+        path = kept and kept / f"kimi_jax-{self.name}-{_key(traced, args, options)}.program"
+        after_trace = time.perf_counter()
+        if path and (program := _load(path)) is not None:
+            self.seconds = Seconds(after_trace - began, load=time.perf_counter() - after_trace)
+            log.info("%s: loaded in %.1f s from %s", self.name, self.seconds.load, path)
+            return program
+        lowered = traced.lower()
+        after_lower = time.perf_counter()
+        program = lowered.compile(compiler_options=dict(options) if options else None)
+        self.seconds = Seconds(
+            after_trace - began, after_lower - after_trace, time.perf_counter() - after_lower
+        )
+        if path:
+            _save(path, program)
+        return program
+
+
+def directory() -> Path | None:
+    """Where programs are kept; None if they are not."""
+    kept = jax.config.jax_compilation_cache_dir
+    if not kept or "://" in kept or jax.process_count() > 1:
+        return None
+    return Path(kept)
+
+
+def _load(path: Path) -> Any | None:
+    if not path.is_file():
+        return None
+    try:
+        program, numbers = pickle.loads(path.read_bytes())
+        by_number = {device.id: device for device in jax.devices()}
+        devices = [by_number[number] for number in numbers]
+        return deserialize_and_load(*program, execution_devices=devices)
+    except Exception as error:  # whatever a damaged file makes of itself
+        log.warning("%s cannot be loaded (%s); its program is compiled anew", path, error)
+        return None
+
+
+def _save(path: Path, program: Any) -> None:
+    try:
+        devices = [device.id for device in program.runtime_executable().local_devices()]
+        content = pickle.dumps((serialize(program), devices))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        Path(file.name).replace(path)
+    except (NotImplementedError, ValueError, OSError, RuntimeError) as error:
+        log.warning("%s was not kept, so that the next start compiles again: %s", path, error)
+
+
+def _key(traced: Any, args: Any, options: Options | None) -> str:
+    """Of everything that the executable depends on: the traced program, places, compiler, sources."""
+    jaxpr = traced.jaxpr
+    text = _ADDRESS.sub("", _SET.sub(lambda found: _sorted(found[1]), str(jaxpr)))
+    found = hashlib.sha256(text.encode())
+    for constant in _constants(jaxpr):
+        array = np.asarray(constant)
+        found.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
+    places = [str(getattr(leaf, "sharding", None)) for leaf in jax.tree.leaves(args)]
+    devices = jax.devices()
+    around = [
+        str(traced.args_info),
+        places,
+        sorted((options or {}).items()),
+        sorted((compiler_options() or {}).items()),
+        [(d.id, d.device_kind) for d in devices],
+        devices[0].client.platform_version,
+        os.environ.get("XLA_FLAGS", ""),
+        _settings(),
+        _versions(),
+        _sources(),
+    ]
+    found.update(repr(around).encode())
+    return found.hexdigest()[:32]
+
+
+def _sorted(names: str) -> str:
+    return f"frozenset({sorted(names.split(', '))})"
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """Of a closed program and all within it, which its text does not show."""
+    # A kernel's references to its operands stand among its constants, without a value.
+    yield from (value for value in jaxpr.consts if not isinstance(value, Tracer))
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(equation.params, is_leaf=_closed):
+            if _closed(value):
+                yield from _constants(value)
+
+
+def _closed(value: Any) -> bool:
+    return hasattr(value, "consts") and hasattr(value, "eqns")
+
+
+def _settings() -> list[tuple[str, str]]:
+    """JAX's own, but for where and what it keeps."""
+    plain = (bool, int, float, str, type(None))
+    return sorted(
+        (name, repr(value))
+        for name, value in jax.config.values.items()
+        if isinstance(value, plain) and "cache" not in name
+    )
+
+
+@cache
+def _versions() -> list[str]:
+    found = [platform.python_version()]
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return found
+
+
+@cache
+def _sources() -> str:
+    """Of this package's files: what a program's text may not show."""
+    root = Path(__file__).parents[1]
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return found.hexdigest()

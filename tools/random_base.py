@@ -17,7 +17,10 @@ from kimi_jax.model.transformer import ModelDef
 from kimi_jax.parallel.ranks import Ranks
 from kimi_jax.parallel.sharding import local_shape
 
-CODE_DEVIATION = 4.61  # of int4 codes drawn evenly from -8 to 7
+# Of int4 codes, drawn evenly. With -8 their mean would be half a code: all of a product's values would
+# move together, more from layer to layer, until all tokens looked alike to the routers.
+CODES = (-7, 7)
+CODE_DEVIATION = 4.32
 
 
 def random_base(model_def: ModelDef, seed: int = 0) -> dict[str, Any]:
@@ -25,7 +28,7 @@ def random_base(model_def: ModelDef, seed: int = 0) -> dict[str, Any]:
 
     Matrices keep the size of what they multiply, norms are 1, the router's correction is 0. What is added
     to the residual stream is smaller by the square root of how often that happens, as deep models
-    begin training: otherwise all tokens grow alike from layer to layer, and choose the same experts.
+    begin training. Tokens stay as different as they are embedded, and are spread over the experts.
     """
     ranks = model_def.settings.ranks
     arrays = base_arrays(weight_table(model_def.config), ranks)
@@ -94,7 +97,7 @@ def _dtype(array: BaseArray) -> Any:
 def _slice(array: BaseArray, key: Any, shape: tuple[int, ...], size: float) -> Any:
     weight = array.weight
     if array.leaf == "values":
-        return jax.random.randint(key, shape, -8, 8, jnp.int8)
+        return jax.random.randint(key, shape, CODES[0], CODES[1] + 1, jnp.int8)
     if array.leaf == "scale":
         typical = size / (CODE_DEVIATION * (shape[0] * GROUP_SIZE) ** 0.5)
         return jax.random.uniform(key, shape, minval=0.5 * typical, maxval=1.5 * typical)

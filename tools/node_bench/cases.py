@@ -2,14 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from kimi_jax.training.step import StepMetrics
-from tools.step_bench.cases import Case
+from tools.step_bench.cases import Case, routed_base
 from tools.step_bench.loads import loads
 from tools.step_bench.machine import memory
 from tools.step_bench.measuring import Bench
@@ -19,11 +19,12 @@ AHEAD, BLOCKED = "one ahead", "blocked"
 
 
 class Wanted(NamedTuple):
-    """rows: a kind of `tools.step_bench.cases`. how: `AHEAD` or `BLOCKED`."""
+    """rows, routing: kinds of `tools.step_bench.cases`. how: `AHEAD` or `BLOCKED`."""
 
     rows: str
     how: str
     steps: int
+    routing: str = "natural"
 
 
 class Steps(NamedTuple):
@@ -33,7 +34,7 @@ class Steps(NamedTuple):
     metrics: list[StepMetrics]
 
 
-def run_ahead(bench: Bench, case: Case, steps: int) -> Steps:
+def run_ahead(bench: Bench, case: Case, base: Mapping[str, Any], steps: int) -> Steps:
     """Each step is handed to the devices before the figures of the one before are read.
 
     The rows are sent anew for each step, and it is told on the devices whether the one before was finite.
@@ -49,7 +50,7 @@ def run_ahead(bench: Bench, case: Case, steps: int) -> Steps:
     for _ in range(steps):
         placed = bench.rank.place(case.batch)
         after = None if flying is None else flying.finite
-        following = bench.step(bench.compiled, bench.base, placed, after)
+        following = bench.step(bench.compiled, base, placed, after)
         for value in following:
             value.copy_to_host_async()
         if flying is not None:
@@ -60,13 +61,13 @@ def run_ahead(bench: Bench, case: Case, steps: int) -> Steps:
     return Steps(np.diff(ends).tolist(), metrics)
 
 
-def run_blocked(bench: Bench, case: Case, steps: int) -> Steps:
+def run_blocked(bench: Bench, case: Case, base: Mapping[str, Any], steps: int) -> Steps:
     """Each step is awaited before the next is handed over."""
     placed = jax.block_until_ready(bench.rank.place(case.batch))
     seconds, metrics = [], []
     for _ in range(steps):
         began = time.perf_counter()
-        made = bench.step(bench.compiled, bench.base, placed)
+        made = bench.step(bench.compiled, base, placed)
         jax.block_until_ready((bench.state, made))
         seconds.append(time.perf_counter() - began)
         metrics.append(jax.device_get(made))
@@ -77,7 +78,8 @@ def measure_case(bench: Bench, wanted: Wanted) -> dict[str, Any]:
     """Runs a case; nothing is compiled. Returns what the JSON file gets; rates are of all its time."""
     case = bench.case(wanted.rows)
     run = run_ahead if wanted.how == AHEAD else run_blocked
-    made = run(bench, case, wanted.steps)
+    base = routed_base(bench.rank, bench.base, wanted.routing)
+    made = run(bench, case, base, wanted.steps)
     mean = statistics.mean(made.seconds)
     rate = case.real_tokens / mean
     last = made.metrics[-1]

@@ -43,7 +43,13 @@ def compare(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
 def _constant(section: Mapping[str, Any], how: str) -> Mapping[str, Any] | None:
     cases = section.get("cases", [])
     return next(
-        (c for c in cases if c["rows"] == "constant" and c["how"] == how and "error" not in c), None
+        (
+            case
+            for case in cases
+            if (case["rows"], case["routing"], case["how"]) == ("constant", "natural", how)
+            and "error" not in case
+        ),
+        None,
     )
 
 

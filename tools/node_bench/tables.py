@@ -15,7 +15,7 @@ LISTED = 8  # kernels of a GPU's exchanges, by time
 
 def print_case(console: Console, case: Mapping[str, Any]) -> None:
     """One case, as soon as it is measured."""
-    name = f"{case['rows']}, {case['how']}, {case['steps']} steps"
+    name = f"{case['rows']}, {case['routing']}, {case['how']}, {case['steps']} steps"
     if "error" in case:
         console.print(f"{name}: FAILED: {case['error']}\n{case['traceback']}", markup=False)
         return
@@ -46,16 +46,17 @@ def print_cases(console: Console, found: Mapping[str, Any], rank: Rank) -> None:
         table.add_row(str(one["device"]), *(f"{size:.2f}" if size else "-" for size in sizes))
     console.print(table)
     names = ("of the mean rank's", "by layer", "passes, at most", "experts, of the mean's")
-    table = _table("Assignments to a rank's experts", "rows, rank", *names)
+    table = _table("Assignments to a rank's experts", "rows, routing, rank", *names)
     seen = set()
     for case in found["cases"]:
-        if "error" in case or case["rows"] in seen:
+        kind = f"{case['rows']}, {case['routing']}"
+        if "error" in case or kind in seen:
             continue
-        seen.add(case["rows"])
+        seen.add(kind)
         for number, load in enumerate(case["loads"]):
             layers, passes = load["received_to_mean_by_layer"], load["passes_by_layer"]
             table.add_row(
-                f"{case['rows']}, {number}{' alone' if rank.ranks.alone else ''}",
+                f"{kind}, {number}{' alone' if rank.ranks.alone else ''}",
                 f"{load['received_to_mean']:.3f}",
                 f"{min(layers):.2f} to {max(layers):.2f}" if layers else "-",
                 str(max(passes, default=0)),
@@ -170,7 +171,7 @@ def headline(name: str, found: Mapping[str, Any]) -> str:
         for case in found.get("cases", []):
             if "error" not in case:
                 lines.append(
-                    f"{case['rows']}, {case['how']}: {case['mean_s']:.3f} s, "
+                    f"{case['rows']}, {case['routing']}, {case['how']}: {case['mean_s']:.3f} s, "
                     f"{case['tokens_a_second']:,.0f} tokens/s, {case['tokens_a_second_gpu']:,.0f} a GPU, "
                     f"{case['mfu']['4N']:.1%}"
                 )

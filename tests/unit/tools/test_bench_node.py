@@ -270,7 +270,13 @@ def test_bits_that_differ_are_found():
 
 
 def test_comparison_needs_both():
-    case = {"rows": "constant", "how": "blocked", "median_s": 2.0, "loads": []}
+    case = {
+        "rows": "constant",
+        "routing": "natural",
+        "how": "blocked",
+        "median_s": 2.0,
+        "loads": [],
+    }
     rank = {"cases": [case], "usual": {"parts": [{"part": parts.EXPERTS, "seconds": 1.0}]}}
     usual = [
         {"part": parts.EXPERTS, "seconds": 0.8},
@@ -362,7 +368,9 @@ def test_a_whole_node(four, tmp_path, capsys, in_process):
         ("constant", "blocked", 2),
         ("constant", "one ahead", 3),
         ("packed", "one ahead", 4),
+        ("constant", "one ahead", 2),
     ]
+    assert [c["routing"] for c in step["cases"]] == ["natural"] * 3 + ["skewed"]
     steady = step["cases"][1]
     assert steady["real_tokens"] == 4 * 2 * 48
     assert steady["tokens_a_second"] == pytest.approx(4 * steady["tokens_a_second_gpu"])
@@ -374,7 +382,7 @@ def test_a_whole_node(four, tmp_path, capsys, in_process):
     assert step["collectives"]
     assert sections["breakdown"]["span_s"] == 4.0
     assert sections["checkpoint"]["equal"]
-    assert sections["checkpoint"]["updates_made"] == 1 + 2 + 3 + 4 + 1 + 2 + 4
+    assert sections["checkpoint"]["updates_made"] == 1 + 2 + 3 + 4 + 2 + 1 + 2 + 4
     assert [row["batch"] for row in sections["decode"]["batches"]] == [2]
     assert set(sections["import"]) >= {"cold", "warm", "written"}
     assert found["comparison"]["steps"]

@@ -1,5 +1,11 @@
 """Random base weights: which of them are made smaller, and by how much."""
 
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
 from kimi_jax.model.config import parse_model_config
 from kimi_jax.model.transformer import ModelDef
 from tests.unit.support import tiny_config
@@ -21,3 +27,12 @@ def test_what_is_added_to_the_residual_stream_is_smaller(monkeypatch):
         "moe_layers.mlp.shared_experts.down_proj.weight",
         "moe_layers.self_attn.o_proj.weight",
     }
+
+
+def test_codes_have_no_mean():
+    """A mean of half a code makes every product's values move together, and all tokens alike."""
+    weight = SimpleNamespace(role="routed")
+    array = SimpleNamespace(leaf="values", weight=weight)
+    codes = np.asarray(random_base._slice(array, jax.random.key(0), (200, 500), 1.0), np.float64)
+    assert abs(codes.mean()) < 4 * random_base.CODE_DEVIATION / codes.size**0.5
+    assert codes.std() == pytest.approx(random_base.CODE_DEVIATION, rel=0.01)

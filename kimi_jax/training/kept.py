@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.sharding import Mesh, NamedSharding
 
 from kimi_jax.kernels.hopper import compiler_options
 
@@ -141,11 +142,10 @@ def _key(traced: Any, args: Any, options: Options | None) -> str:
     for constant in _constants(jaxpr):
         array = np.asarray(constant)
         found.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
-    places = [str(getattr(leaf, "sharding", None)) for leaf in jax.tree.leaves(args)]
     devices = jax.devices()
     around = [
         str(traced.args_info),
-        places,
+        [_place(leaf) for leaf in jax.tree.leaves(args)],
         sorted((options or {}).items()),
         sorted((compiler_options() or {}).items()),
         [(d.id, d.device_kind) for d in devices],
@@ -157,6 +157,17 @@ def _key(traced: Any, args: Any, options: Options | None) -> str:
     ]
     found.update(repr(around).encode())
     return found.hexdigest()[:32]
+
+
+def _place(leaf: Any) -> tuple[Any, ...]:
+    """One name for each place: P() of a matrix is P(None, None)."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return (str(sharding),)
+    spec = (*sharding.spec, *[None] * (np.ndim(leaf) - len(sharding.spec)))
+    mesh = sharding.mesh
+    devices = [device.id for device in mesh.devices.flat]
+    return spec, tuple(mesh.shape.items()), devices, sharding.memory_kind
 
 
 def _sorted(names: str) -> str:

@@ -104,6 +104,8 @@ def test_places_are_part_of_the_key(folder):
     assert len(files(folder)) == 2
     x = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("expert")))
     assert KeptProgram(step.jitted, "step")(x).sharding == x.sharding
+    same = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec(None)))
+    np.testing.assert_array_equal(KeptProgram(step.jitted, "step")(same), 2 * same)
     assert len(files(folder)) == 2
 
 

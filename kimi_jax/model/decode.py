@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.errors import UserError
 from kimi_jax.model.config import ModelConfig
+from kimi_jax.model.gathered import gathered
 from kimi_jax.model.transformer import ModelDef, Values, check_tokens
 from kimi_jax.parallel.ranks import REPLICATED
 
@@ -73,6 +74,7 @@ def generate(
         np.int32(sampling.seed),
         np.asarray(stop_ids, np.int32),
     )
+    model_def, base = gathered(model_def, base)
     put = model_def.settings.ranks.put
     new, count = _generate(
         model_def,

@@ -5,7 +5,8 @@ frozen base and the adapters, which stay apart everywhere else.
 """
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -174,6 +175,12 @@ class ModelDef:
         places = base_arrays(weight_table(config), self.settings.ranks)
         self.base_specs = {path: places[path].spec for path in self._base_paths}
         self.adapter_specs = adapter_specs(self.plan)
+
+    @cached_property
+    def with_whole_rest(self) -> "ModelDef":
+        """The same model, whose ranks hold all weights whole that are not experts' or the vocabulary's."""
+        ranks = replace(self.settings.ranks, rest="replicated")
+        return ModelDef(self.config, self.plan, self.settings._replace(ranks=ranks))
 
     def bind(self, base: Values, adapters: Values) -> Transformer:
         """The model with these values; inside a transformation, values may be tracers."""

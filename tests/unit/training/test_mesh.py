@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from kimi_jax import Trainer, UserError, load
+from kimi_jax.model import gathered as decoding
+from kimi_jax.model.gathered import gathered
 from kimi_jax.training.step import init_state
 from tests.unit.support import tiny_run, write_rows, write_tiny_checkpoint
 
@@ -136,6 +138,28 @@ def test_logits_and_answers(trainers):
         found[name] = np.asarray(trainer.model(tokens)), trainer.sample(prompts, max_new_tokens=4)
     np.testing.assert_allclose(found["eight"][0], found["one"][0], atol=2e-5)
     assert found["eight"][1] == found["one"][1]
+
+
+def test_decoding_gathers_once_if_there_is_memory(trainers, monkeypatch, caplog):
+    """Answers are the same either way, and what is held from step to step stays in parts."""
+    trainer = trainers["eight"]
+    begin(trainer, "even")
+    prompts = [np.arange(5, dtype=np.int32)]
+    definition = trainer.model_def
+    whole, base = gathered(definition, trainer.base)
+    moved = [p for p in base if base[p] is not trainer.base[p]]
+    assert "moe_layers.self_attn.o_proj.weight" in moved
+    assert not any(".experts." in path or path.startswith(("embed", "lm_head")) for path in moved)
+    for path in moved:
+        assert base[path].sharding.is_fully_replicated, path
+        assert not trainer.base[path].sharding.is_fully_replicated, path
+        np.testing.assert_array_equal(base[path], trainer.base[path])
+    assert whole.base_specs != definition.base_specs
+    once = trainer.sample(prompts, max_new_tokens=4)
+    monkeypatch.setattr(decoding, "_free", lambda: 1 << 30)
+    assert gathered(definition, trainer.base) == (definition, trainer.base)
+    assert "1.0 GiB are free" in caplog.text
+    assert trainer.sample(prompts, max_new_tokens=4) == once
 
 
 def test_held_out_loss(trainers):

@@ -34,12 +34,13 @@ def run_command(
 
 
 def _show_log() -> None:
-    """The package's own log on standard error: which kernels are used, and why slow ones are."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("kimi_jax")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    """The package's own log on standard error: which kernels are used, and why slow ones are.
+
+    Through the root logger's handler: a library that logs makes one there if there is none, and with one
+    of this package's own beside it every line would stand there twice.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("kimi_jax").setLevel(logging.INFO)
 
 
 def report(error: BaseException) -> int:

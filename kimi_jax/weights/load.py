@@ -1,16 +1,16 @@
 """Imports a checkpoint's tensors onto the devices, piece by piece, with bounded host memory.
 
 Threads read what the devices of this process hold, each piece into a buffer that is used again, and
-send it to its devices while they read the next; there a donated update writes some pieces at a time
-into their places. Neither the host nor a device holds an array twice, and no device sends anything to
-another. Packed experts stay packed: their words are reinterpreted on the device.
+send it to its devices; there a donated update writes it into its place. Neither the host nor a
+device holds an array twice, and no device sends anything to another. Packed experts stay packed:
+their words are reinterpreted on the device.
 """
 
 import mmap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -27,38 +27,32 @@ from kimi_jax.model.layers import DTYPES
 from kimi_jax.model.layout import Leaf
 from kimi_jax.parallel.ranks import ONE_DEVICE, REPLICATED, Ranks
 from kimi_jax.weights.checkpoint import Checkpoint
-from kimi_jax.weights.pieces import Held, Piece, groups_of, held_arrays, in_file_order
+from kimi_jax.weights.pieces import Held, Piece, held_arrays, in_file_order
 from kimi_jax.weights.reader import DTYPES as FILE_DTYPES
 from kimi_jax.weights.reader import Entry, Files, open_files
 
-READERS = 16  # threads
-BUFFERS = 2  # of each: one is read into while what is in the other is sent
-# Of a buffer, if a single row is not larger. What is read stays in the processor's caches until it is sent
-# if all buffers together are not much larger than those: with 64 MiB it takes a third longer (LOG.md).
-PIECE_BYTES = 16 << 20
-TOGETHER = 4  # pieces that one thread reads and one program puts in their places
+READERS = 16  # threads; each has one buffer
+# Of a buffer, if a single row is not larger. Each piece costs Python half a millisecond, each buffer its
+# pages: with 16 MiB an import is slower by a third, with 64 no faster (LOG.md, 2026-11-27).
+PIECE_BYTES = 32 << 20
 AHEAD = 2  # readings for each reader that may wait, in device memory, for those before them
 
 _ALIGNED = 4096  # bytes, where a buffer begins
 
 
 class _Reading(NamedTuple):
-    """Pieces of one array for the devices whose parts begin at row `start`."""
+    """One piece for the devices whose parts begin at row `start`."""
 
-    pieces: tuple[Piece, ...]
+    piece: Piece
     start: int
     devices: Sequence[Any]
 
     @property
-    def held(self) -> Held:
-        """The array."""
-        return self.pieces[0].held
-
-    @property
     def nbytes(self) -> int:
         """Of the files."""
-        checks = (entry.nbytes for p in self.pieces for _, entry in _checks(p, self.start))
-        return sum(piece.nbytes for piece in self.pieces) + sum(checks)
+        held, piece = self.piece.held, self.piece
+        checks = (entry.nbytes for _, entry in _checks(held, piece, self.start))
+        return piece.nbytes + sum(checks)
 
 
 def load_base(
@@ -68,8 +62,8 @@ def load_base(
 ) -> dict[str, Array]:
     """All weights of the base model, by path, where `kimi_jax.model.layout` places them.
 
-    Host memory beyond what the process had: `READERS` times `BUFFERS` of `PIECE_BYTES`, whatever the
-    size of the model.
+    Host memory beyond what the process had: `READERS` buffers of `PIECE_BYTES`, whatever the size
+    of the model.
 
     Args:
         checkpoint: already matched with its config.
@@ -81,58 +75,47 @@ def load_base(
     """
     arrays = held_arrays(checkpoint, ranks)
     readings = [
-        _Reading(group, start, devices)
-        for group in groups_of(in_file_order(arrays, PIECE_BYTES), TOGETHER)
-        for start, devices in group[0].held.parts.items()
+        _Reading(piece, start, devices)
+        for piece in in_file_order(arrays, PIECE_BYTES)
+        for start, devices in piece.held.parts.items()
     ]
     total = sum(reading.nbytes for reading in readings)
-    largest = max(reading.pieces[0].nbytes for reading in readings)
+    largest = max(reading.piece.nbytes for reading in readings)
     base = {held.array.path: _empty(held) for held in arrays}
     done = 0
-    received: list[list[list[Array]]] = []  # of each part, of each piece, on each of its devices
+    received: list[Array] = []
     files_used = {entry.file for entry in checkpoint.entries.values()}
     with (
         open_files(files_used) as files,
-        host_buffers(BUFFERS * min(READERS, len(readings)), largest) as free,
+        host_buffers(min(READERS, len(readings)), largest) as free,
         ThreadPoolExecutor(READERS) as pool,
     ):
         for reading, copies in _read_ahead(pool, partial(_send, files, free), readings):
-            received.append(copies)
+            received += copies
             done += reading.nbytes
             if progress is not None:
                 progress(done, total)
-            if reading.start == max(reading.held.parts):  # every device has its own by now
-                path = reading.held.array.path
-                whole = [
-                    _joined(piece, [copy for part in of_each for copy in part])
-                    for piece, of_each in zip(
-                        reading.pieces, zip(*received, strict=True), strict=True
-                    )
-                ]
-                base[path] = _place(base[path], whole, reading.pieces, ranks)
+            piece, held = reading.piece, reading.piece.held
+            if reading.start == max(held.parts):  # every device has its own by now
+                path = held.array.path
+                base[path] = _place(base[path], _joined(piece, received), piece, ranks)
                 received = []
     return base
 
 
-def _send(files: Files, free: "SimpleQueue[np.ndarray]", reading: _Reading) -> list[list[Array]]:
-    """Reads pieces and returns each on all of its devices; the buffers are free again then."""
-    held = reading.held
-    sent: list[list[Array]] = []
-    with ExitStack() as stack:
-        buffers = [free.get() for _ in range(min(BUFFERS, len(reading.pieces)))]
-        for buffer in buffers:
-            stack.callback(free.put, buffer)
-        stack.callback(jax.block_until_ready, sent)  # before that, also after an error
-        for number, piece in enumerate(reading.pieces):
-            for name, entry in _checks(piece, reading.start):
-                _check_shape(files, name, entry, held.array.weight.shape[1:])
-            buffer = buffers[number % BUFFERS]
-            if number >= BUFFERS:
-                jax.block_until_ready(sent[number - BUFFERS])
-            _read(files, piece, reading.start, buffer)
-            view = buffer[: piece.nbytes].view(held.dtype).reshape(piece.shape)
-            sent.append([copy_to(view, device) for device in reading.devices or (None,)])
-    return sent
+def _send(files: Files, free: "SimpleQueue[np.ndarray]", reading: _Reading) -> list[Array]:
+    """Reads one piece and returns it on each of its devices; the buffer is free again then."""
+    piece, held = reading.piece, reading.piece.held
+    for name, entry in _checks(held, piece, reading.start):
+        _check_shape(files, name, entry, held.array.weight.shape[1:])
+    buffer = free.get()
+    try:
+        _read(files, piece, reading.start, buffer)
+        view = buffer[: piece.nbytes].view(held.dtype).reshape(piece.shape)
+        copies = [copy_to(view, device) for device in reading.devices or (None,)]
+        return [copy.block_until_ready() for copy in copies]
+    finally:
+        free.put(buffer)
 
 
 def _read(files: Files, piece: Piece, start: int, buffer: np.ndarray) -> None:
@@ -160,9 +143,9 @@ def _check_shape(files: Files, name: str, entry: Entry, expected: tuple[int, ...
         )
 
 
-def _checks(piece: Piece, start: int) -> list[tuple[str, Entry]]:
+def _checks(held: Held, piece: Piece, start: int) -> list[tuple[str, Entry]]:
     first = start + piece.row
-    layers = piece.held.checks[piece.layer : piece.layer + piece.layers]
+    layers = held.checks[piece.layer : piece.layer + piece.layers]
     return [check for layer in layers for check in layer[first : first + piece.rows]]
 
 
@@ -212,11 +195,11 @@ def _mapped(memory: np.ndarray) -> Iterator[None]:
 
 def _read_ahead(
     pool: ThreadPoolExecutor,
-    read: Callable[[_Reading], list[list[Array]]],
+    read: Callable[[_Reading], list[Array]],
     readings: Iterable[_Reading],
-) -> Iterator[tuple[_Reading, list[list[Array]]]]:
+) -> Iterator[tuple[_Reading, list[Array]]]:
     """Readings in order, with at most so many made or being made beyond the one in hand."""
-    waiting: deque[tuple[_Reading, Future[list[list[Array]]]]] = deque()
+    waiting: deque[tuple[_Reading, Future[list[Array]]]] = deque()
     try:
         for reading in readings:
             waiting.append((reading, pool.submit(read, reading)))
@@ -256,26 +239,21 @@ def _zeros(
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
-def _place(array: Array, values: list[Array], pieces: Sequence[Piece], ranks: Ranks) -> Array:
-    held = pieces[0].held
+def _place(array: Array, piece: Array, where: Piece, ranks: Ranks) -> Array:
+    held = where.held
     stacked = bool(held.array.weight.stack)
-    write = _writer(held.array.leaf, stacked, held.array.spec, held.piece_spec, len(values), ranks)
-    places = [(piece.layer, piece.row) if stacked else (piece.row,) for piece in pieces]
-    return write(array, values, np.asarray(places, np.int32))
+    write = _writer(held.array.leaf, stacked, held.array.spec, held.piece_spec, ranks)
+    place = (where.layer, where.row) if stacked else (where.row,)
+    return write(array, piece, np.asarray(place, np.int32))
 
 
 @cache
 def _writer(
-    leaf: Leaf,
-    stacked: bool,
-    spec: PartitionSpec,
-    piece_spec: PartitionSpec,
-    count: int,
-    ranks: Ranks,
-) -> Callable[[Array, list[Array], np.ndarray], Array]:
-    """`(array, pieces, [(layer, row)]) -> array`, in place: each device writes its own pieces."""
+    leaf: Leaf, stacked: bool, spec: PartitionSpec, piece_spec: PartitionSpec, ranks: Ranks
+) -> Callable[[Array, Array, np.ndarray], Array]:
+    """`(array, piece, (layer, row)) -> array`, in place: each device writes its own piece."""
 
-    def one(array: Array, piece: Array, place: Array) -> Array:
+    def write(array: Array, piece: Array, place: Array) -> Array:
         if leaf == "values":
             piece = words_to_int4(piece)
         elif leaf == "scale":
@@ -284,10 +262,5 @@ def _writer(
         start = [*place, *[0] * (array.ndim - len(place))]
         return jax.lax.dynamic_update_slice(array, piece, start)
 
-    def write(array: Array, pieces: list[Array], places: Array) -> Array:
-        for piece, place in zip(pieces, places, strict=True):
-            array = one(array, piece, place)
-        return array
-
-    placed = ranks.run(write, (spec, [piece_spec] * count, REPLICATED), spec)
+    placed = ranks.run(write, (spec, piece_spec, REPLICATED), spec)
     return jax.jit(placed, donate_argnums=0)

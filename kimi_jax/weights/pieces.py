@@ -6,9 +6,8 @@ served by one reading.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import batched, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,12 +131,6 @@ def in_file_order(arrays: Sequence[Held], at_most: int) -> list[Piece]:
     stacks = ("", "dense_layers", "moe_layers")
     pieces = [piece for held in arrays for piece in pieces_of(held, at_most)]
     return sorted(pieces, key=lambda p: (stacks.index(p.held.array.weight.stack), p.layer))
-
-
-def groups_of(pieces: Iterable[Piece], at_most: int) -> Iterator[tuple[Piece, ...]]:
-    """Pieces that follow each other, of one array and one shape, `at_most` together."""
-    for _, alike in groupby(pieces, lambda piece: (piece.held.array.path, piece.shape)):
-        yield from batched(alike, at_most)
 
 
 def _equal_parts(count: int, at_most: int) -> int:

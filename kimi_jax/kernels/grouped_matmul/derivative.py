@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from kimi_jax.kernels.grouped_matmul.factor_gradient import factor_gradient
@@ -144,18 +143,12 @@ def _backward(route: Route, saved: Operands, dys: tuple[Array, ...]) -> tuple[Op
             da = jnp.swapaxes(da_ECR[:, :, first : first + rank], 1, 2)
             db = factor_gradient(dys[n], low, sizes, rank, first, route.interpret)
             gradients[n] = Factors(
-                _in_order(da if pair.a.ndim == 3 else da.sum(axis=0)),
-                _in_order(db if pair.b.ndim == 3 else db.sum(axis=0)),
+                da if pair.a.ndim == 3 else da.sum(axis=0),
+                db if pair.b.ndim == 3 else db.sum(axis=0),
             )
     several = tuple(Term(dy, weight) for dy, weight in zip(dys, weights, strict=True))
     dx = route.multiply(several, sizes, Order.BY_COLUMN, term, layer)
     return (Operands(dx, None, None, None, tuple(gradients)),)  # pyright: ignore[reportArgumentType]
-
-
-def _in_order(gradient: Array) -> Array:
-    """Laid out as the factor is. Else XLA may leave a whole stack of layers transposed, and each pass of
-    the optimizer over it reads 32 bytes for every 4 that it uses."""
-    return with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim))))
 
 
 class _Adapters:

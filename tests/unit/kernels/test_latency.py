@@ -22,3 +22,9 @@ def test_a_call_says_what_it_takes(work, nanoseconds):
     told = f'latency_metadata = "{nanoseconds}"'
     assert told in text
     assert all("add" not in line for line in text.splitlines() if told in line)
+
+
+def test_nothing_known_is_nothing_said():
+    """Zero nanoseconds would be taken at its word."""
+    kernel = expected(jax.jit(jnp.sin))
+    assert "latency_metadata" not in jax.jit(kernel).lower(jnp.ones(3)).as_text()

@@ -12,7 +12,7 @@ from kimi_jax.parallel.ranks import Ranks
 from kimi_jax.weights import load
 from kimi_jax.weights.checkpoint import open_checkpoint
 from kimi_jax.weights.load import load_base
-from kimi_jax.weights.pieces import groups_of, held_arrays, in_file_order, pieces_of
+from kimi_jax.weights.pieces import held_arrays, pieces_of
 from kimi_jax.weights.reader import Files
 from tests.unit.support import change_shard, write_tiny_checkpoint
 
@@ -111,16 +111,6 @@ def test_parts_begin_where_their_devices_do(checkpoint):
         assert replicas == {2 if spread else 8}
 
 
-def test_groups_are_of_one_array_and_shape_and_keep_the_order(checkpoint):
-    arrays = held_arrays(checkpoint, Ranks(8, alone=True))
-    pieces = in_file_order(arrays, SMALL_PIECE)
-    groups = list(groups_of(pieces, 3))
-    assert [piece for group in groups for piece in group] == pieces
-    assert {len(group) for group in groups} == {1, 2, 3}
-    for group in groups:
-        assert len({(piece.held.array.path, piece.shape) for piece in group}) == 1
-
-
 @pytest.mark.parametrize("at_most", [1, 100, SMALL_PIECE, 1 << 20])
 def test_pieces_cover_each_part_once(checkpoint, at_most):
     for held in held_arrays(checkpoint, Ranks(8, alone=True)):
@@ -138,13 +128,15 @@ def test_a_write_exchanges_nothing_and_copies_nothing(checkpoint):
     for held in held_arrays(checkpoint, ranks):
         piece = next(pieces_of(held, SMALL_PIECE))
         weight, spec = held.array.weight, held.array.spec
-        write = load._writer(held.array.leaf, bool(weight.stack), spec, held.piece_spec, 2, ranks)
+        write = load._writer(held.array.leaf, bool(weight.stack), spec, held.piece_spec, ranks)
         shape = (piece.layers, piece.rows * max(1, len(held.parts)), *held.row_shape)
-        like = jax.ShapeDtypeStruct(
-            shape, held.dtype, sharding=jax.NamedSharding(ranks.mesh, held.piece_spec)
-        )
-        places = np.zeros((2, 2 if weight.stack else 1), np.int32)
-        compiled = write.lower(load._empty(held), [like, like], places).compile()
+        compiled = write.lower(
+            load._empty(held),
+            jax.ShapeDtypeStruct(
+                shape, held.dtype, sharding=jax.NamedSharding(ranks.mesh, held.piece_spec)
+            ),
+            np.zeros(2 if weight.stack else 1, np.int32),
+        ).compile()
         text = compiled.as_text()
         for exchange in ("all-gather", "all-reduce", "all-to-all", "collective", "reduce-scatter"):
             assert exchange not in text, (held.array.path, exchange)
@@ -154,7 +146,7 @@ def test_a_write_exchanges_nothing_and_copies_nothing(checkpoint):
 
 
 def test_host_memory_is_bounded(checkpoint, monkeypatch):
-    """At most two buffers of each reader are between file and device, whatever the size of the model."""
+    """At most a buffer for each reader is between file and device, whatever the size of the model."""
     monkeypatch.setattr(load, "PIECE_BYTES", SMALL_PIECE)
     monkeypatch.setattr(load, "READERS", 3)
     lock, now, most, sizes = threading.Lock(), [0], [0], set()
@@ -180,7 +172,7 @@ def test_host_memory_is_bounded(checkpoint, monkeypatch):
     )
     page = load.mmap.PAGESIZE
     assert 1 <= most[0] <= 3
-    assert max(sizes) <= 2 * 3 * (-(-largest // page) * page)
+    assert max(sizes) <= 3 * (-(-largest // page) * page)
     assert largest <= SMALL_PIECE
 
 

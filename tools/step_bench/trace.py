@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from tools.step_bench.program import Origin, by_kernel, origins
 # Kernels in a command buffer do not say which instruction launched them: the traced program has none.
 NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
 LISTED = 12  # kernels by time, in the JSON file and for what was not attributed
+OF_EACH = 4  # of every part, at least, if it has as many
 
 _DEVICE = re.compile(r"/device:GPU:(\d+)")
 # NCCL's kernels, XLA's own, and copies from one GPU to another by the copy engines; and instructions, by
@@ -166,9 +167,13 @@ def break_down(events: Iterable[Event], text: str) -> Breakdown:
     if idle := length(gaps) - sums.get((EXPOSED, ONCE), 0.0):
         sums[IDLE, ONCE] = idle
     ranked = sorted(calls.items(), key=lambda item: -item[1][0])
-    shown = (
-        ranked[:LISTED] + [item for item in ranked[LISTED:] if item[0][1][0] == UNKNOWN][:LISTED]
-    )
+    seen: Counter[str] = Counter()
+    shown = []
+    for number, item in enumerate(ranked):
+        name = item[0][1][0]
+        if number < LISTED or seen[name] < (LISTED if name == UNKNOWN else OF_EACH):
+            shown.append(item)
+        seen[name] += 1
     longest = [
         {"kernel": name, "part": key[0], "phase": key[1], "seconds": spent, "calls": int(count)}
         for (name, key), (spent, count) in shown

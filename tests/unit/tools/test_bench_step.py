@@ -26,7 +26,7 @@ from tools.step_bench.machine import Startup
 from tools.step_bench.parts import BACKWARD, FORWARD, ONCE, RECOMPUTED, part, phase
 from tools.step_bench.program import Origin, by_kernel, origins
 from tools.step_bench.rank import make_rank, make_state, with_rows
-from tools.step_bench.trace import Event, break_down
+from tools.step_bench.trace import LISTED, Event, break_down
 
 ROOT = Path(__file__).parents[3]
 LOOP = "jit(step)/while/body/eval_jaxpr/"
@@ -95,6 +95,19 @@ def test_a_step_is_cut_into_parts_that_add_up():
     assert found.span == sum(found.parts.values()) == 6.5
     assert found.of(parts.EXCHANGES) == 2.0
     assert {row["kernel"]: row["calls"] for row in found.longest}["nobody_knows"] == 1
+
+
+def test_every_part_shows_its_longest_kernels():
+    """A part that is larger than expected can be explained, however small it is in the whole."""
+    many = [Event(f"nvjet_{n}", 10.0 * n, 9.0, "custom-call.1") for n in range(LISTED + 5)]
+    few = [Event(f"unknown_{n}", 500.0 + n, 0.5 - 0.01 * n) for n in range(2)]
+    listed = [row["kernel"] for row in break_down([*many, *few], PROGRAM).longest]
+    assert listed[LISTED:] == ["unknown_0", "unknown_1"]
+    small = [Event(f"nvjet_{n}", 1000.0 + n, 0.1, "custom-call.1") for n in range(20, 40)]
+    own = Event("grouped_int4_input_gradient_mosaic_gpu_kernel", 2000.0, 0.05, "mpmd_map.5")
+    rows = break_down([*many, *small, own], PROGRAM).longest
+    assert [row["part"] for row in rows].count(parts.PROJECTIONS) == LISTED
+    assert rows[-1]["part"] == parts.EXPERTS
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ def generate(
         np.int32(sampling.seed),
         np.asarray(stop_ids, np.int32),
     )
-    model_def, base = gathered(model_def, base)
+    caches = cache_bytes(model_def, len(prompts), width + max_new_tokens)
+    model_def, base = gathered(model_def, base, caches)
     put = model_def.settings.ranks.put
     new, count = _generate(
         model_def,
@@ -109,6 +110,14 @@ def check_request(
         )
     for prompt in prompts:
         check_tokens(prompt, config)
+
+
+def cache_bytes(model_def: ModelDef, batch: int, length: int) -> int:
+    """Of the latent cache for `batch` rows of up to `length` positions, which every rank has whole."""
+    config = model_def.config
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    places = config.num_hidden_layers * batch * length
+    return places * width * jnp.dtype(model_def.settings.dtype).itemsize
 
 
 class _Loop(NamedTuple):

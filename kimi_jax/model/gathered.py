@@ -4,6 +4,7 @@ import logging
 from functools import cache
 
 import jax
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from kimi_jax.model.transformer import ModelDef, Values
@@ -11,10 +12,10 @@ from kimi_jax.parallel import processes
 
 log = logging.getLogger(__name__)
 
-MARGIN = 2 << 30  # bytes that stay free for what decoding itself needs
+MARGIN = 2 << 30  # bytes that stay free for what decoding needs beside its caches
 
 
-def gathered(model_def: ModelDef, base: Values) -> tuple[ModelDef, Values]:
+def gathered(model_def: ModelDef, base: Values, caches: int = 0) -> tuple[ModelDef, Values]:
     """The model with its weights gathered once, where decoding would gather them for every token.
 
     Experts and vocabulary stay where they are. If a device has no memory left for the rest, everything
@@ -23,12 +24,17 @@ def gathered(model_def: ModelDef, base: Values) -> tuple[ModelDef, Values]:
     Args:
         model_def: the model's structure.
         base: its weights.
+        caches: bytes that decoding needs beside them on every device.
     """
+    if model_def.settings.ranks.mesh is None:
+        return model_def, base
     whole = model_def.with_whole_rest
     moved = [path for path, spec in whole.base_specs.items() if spec != model_def.base_specs[path]]
     if not moved:
         return model_def, base
-    needed = sum(base[path].nbytes for path in moved) + MARGIN
+    moved.sort(key=lambda path: -base[path].nbytes)
+    # One after the other, each received beside its place first: the last are small.
+    needed = sum(base[path].nbytes for path in moved) + base[moved[-1]].nbytes + caches + MARGIN
     free = _free()
     short = free is not None and free < needed
     if processes.largest_soon(int(short))():  # all processes do the same
@@ -39,17 +45,19 @@ def gathered(model_def: ModelDef, base: Values) -> tuple[ModelDef, Values]:
             "another process has less" if free is None else f"{free / 2**30:.1f} GiB are free",
         )
         return model_def, base
-    places = {path: whole.settings.ranks.sharding(whole.base_specs[path]) for path in moved}
-    made = _copies(tuple(places.items()))({path: base[path] for path in moved})
-    return whole, {**base, **made}
+    copies = {}
+    for path in moved:
+        place = whole.settings.ranks.sharding(whole.base_specs[path])
+        copies[path] = jax.block_until_ready(_copy_to(place)(base[path]))
+    return whole, {**base, **copies}
 
 
 @cache
-def _copies(places: tuple[tuple[str, jax.sharding.NamedSharding], ...]) -> "jax.stages.Wrapped":
-    def same(values: dict[str, Array]) -> dict[str, Array]:
-        return values
+def _copy_to(place: NamedSharding | None) -> "jax.stages.Wrapped":
+    def same(value: Array) -> Array:
+        return value
 
-    return jax.jit(same, out_shardings=dict(places))
+    return jax.jit(same, out_shardings=place)
 
 
 def _free() -> int | None:

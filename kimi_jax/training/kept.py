@@ -11,9 +11,9 @@ import os
 import pickle
 import platform
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +30,7 @@ from kimi_jax.kernels.hopper import compiler_options
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax", "optax", "numpy")
+_HIT = "/jax/compilation_cache/cache_hits"
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 _SET = re.compile(r"frozenset\(\{([^{}]*)\}\)")
 
@@ -54,12 +55,15 @@ class Seconds(NamedTuple):
 class KeptProgram:
     """A jitted function of one process whose executables are kept in JAX's compilation cache directory.
 
-    Without `JAX_COMPILATION_CACHE_DIR`, or with several processes, it is the jitted function. The files are
-    as trustworthy as JAX's own: loading one runs what is in it.
+    Without `JAX_COMPILATION_CACHE_DIR`, or with several processes, it is the jitted function. Arguments of
+    the same shapes must lie in the same places at every call, and the function be jitted without places
+    for its results and with no other options than `kernels.hopper.compiler_options`. The files are as
+    trustworthy as JAX's own: loading one runs what is in it. Nothing here removes old ones.
     """
 
     def __init__(self, jitted: Any, name: str) -> None:
         """`name` begins the files' names."""
+        remember_sources()
         self.jitted = jitted
         self.name = name
         self.seconds = Seconds()  # of the latest program
@@ -69,7 +73,9 @@ class KeptProgram:
         """Of arrays: the jitted function."""
         if directory() is None:
             return self.jitted(*args)
-        signature = tuple(jax.typeof(leaf) for leaf in jax.tree.leaves(args))
+        leaves, tree = jax.tree.flatten(args)
+        # Not their types themselves: those of a loaded program's results are equal to no others.
+        signature = (tree, *((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves))
         if signature not in self._compiled:
             self._compiled[signature] = self.compile(*args)
         return self._compiled[signature](*args)
@@ -82,6 +88,7 @@ class KeptProgram:
             options: for the compiler, beside those the function was jitted with.
         """
         began = time.perf_counter()
+        args = jax.tree.map(_described, args)  # see `__call__`
         traced = self.jitted.trace(*args)
         kept = directory()
         path = kept and kept / f"kimi_jax-{self.name}-{_key(traced, args, options)}.program"
@@ -91,12 +98,14 @@ class KeptProgram:
             log.info("%s: loaded in %.1f s from %s", self.name, self.seconds.load, path)
             return program
         lowered = traced.lower()
-        after_lower = time.perf_counter()
+        after_lower, hits = time.perf_counter(), _cache_hits()
+        before = hits[0]
         program = lowered.compile(compiler_options=dict(options) if options else None)
         self.seconds = Seconds(
             after_trace - began, after_lower - after_trace, time.perf_counter() - after_lower
         )
-        if path:
+        # What JAX took from its own cache cannot always be written again: on a CPU it loads and then fails.
+        if path and hits[0] == before:
             _save(path, program)
         return program
 
@@ -104,9 +113,33 @@ class KeptProgram:
 def directory() -> Path | None:
     """Where programs are kept; None if they are not."""
     kept = jax.config.jax_compilation_cache_dir
-    if not kept or "://" in kept or jax.process_count() > 1:
+    if not kept or "://" in kept or not jax.config.jax_enable_compilation_cache:
         return None
-    return Path(kept)
+    return None if jax.process_count() > 1 else Path(kept)
+
+
+def remember_sources() -> None:
+    """Reads this package's files, soon after they were imported: later they may have been edited."""
+    if directory() is not None:
+        _sources()
+
+
+@cache
+def _cache_hits() -> list[int]:
+    """A list of one number: how often JAX has taken a program from its cache since this was first asked."""
+    found = [0]
+
+    def heard(event: str, **_: Any) -> None:
+        found[0] += event == _HIT
+
+    jax.monitoring.register_event_listener(heard)
+    return found
+
+
+def _described(x: Any) -> jax.ShapeDtypeStruct:
+    weak = getattr(x, "weak_type", False)
+    place = getattr(x, "sharding", None)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place, weak_type=weak)
 
 
 def _load(path: Path) -> Any | None:
@@ -123,15 +156,17 @@ def _load(path: Path) -> Any | None:
 
 
 def _save(path: Path, program: Any) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     try:
         devices = [device.id for device in program.runtime_executable().local_devices()]
         content = pickle.dumps((serialize(program), devices))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(path)
-    except (NotImplementedError, ValueError, OSError, RuntimeError) as error:
-        log.warning("%s was not kept, so that the next start compiles again: %s", path, error)
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except Exception as error:  # the program itself is good, whatever keeps it from being written
+        log.warning("%s was not kept, so that the next start lowers again: %s", path, error)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def _key(traced: Any, args: Any, options: Options | None) -> str:
@@ -145,6 +180,7 @@ def _key(traced: Any, args: Any, options: Options | None) -> str:
     devices = jax.devices()
     around = [
         str(traced.args_info),
+        str(traced.out_info),
         [_place(leaf) for leaf in jax.tree.leaves(args)],
         sorted((options or {}).items()),
         sorted((compiler_options() or {}).items()),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kimi_jax.config import TrainSection
 from kimi_jax.kernels.hopper import compiler_options
 from kimi_jax.model.transformer import ModelDef
-from kimi_jax.training.kept import KeptProgram
+from kimi_jax.training.kept import KeptProgram, remember_sources
 from kimi_jax.training.optimizer import make_optimizer
 from kimi_jax.training.own_rate import make_update_at
 from kimi_jax.training.step import make_gradients, make_loss, make_train_step, make_update
@@ -22,6 +22,7 @@ class Programs:
         self.optimizer = make_optimizer(settings)
         self._model_def = model_def
         self._settings = settings
+        remember_sources()
 
     @cached_property
     def gradients(self) -> Any:

@@ -2,6 +2,8 @@
 
 import os
 
+import jax
+
 from kimi_jax.parallel.ranks import make_ranks
 from kimi_jax.training.absent import abstract_step
 from kimi_jax.training.kept import Seconds
@@ -30,7 +32,8 @@ def compile_step(node: Node, traced: bool) -> Seconds:
         traced: whether the program is meant whose kernels say where they come from.
     """
     rank = make_rank(node.config, node.model, make_ranks(node.config.mesh))
-    _, arguments = abstract_step(node.config, node.model, rank.ranks)
+    device = jax.devices()[0] if rank.ranks.mesh is None else None
+    _, arguments = abstract_step(node.config, node.model, rank.ranks, device)
     program = rank.program()
     program.compile(*arguments, options=NO_COMMAND_BUFFERS if traced else None)
     return program.seconds

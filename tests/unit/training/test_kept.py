@@ -1,11 +1,13 @@
 """Programs kept between processes: the same results, a new key for whatever changes the program."""
 
 import logging
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kimi_jax.parallel.mesh import make_mesh
@@ -20,8 +22,10 @@ def folder(tmp_path):
     """A directory that JAX is told to keep programs in."""
     name, before = "jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir
     jax.config.update(name, str(tmp_path / "kept"))
+    compilation_cache.reset_cache()  # JAX asks for its directory once
     yield tmp_path / "kept"
     jax.config.update(name, before)
+    compilation_cache.reset_cache()
 
 
 def program(table=TABLE, factor=2.0):
@@ -62,6 +66,58 @@ def test_what_was_kept_gives_the_same(folder):
     assert float(same) == total
     assert files(folder) == [file]
     run(second)  # nothing new is looked up
+
+
+def test_what_a_loaded_program_gives_is_taken_again(folder):
+    """The types of its results are equal to no others: each step would be traced and loaded anew."""
+    run(program())
+    for step in (program(), program()):
+        state = {"y": jnp.ones(12)}
+        for _ in range(5):
+            state, _ = step(state, jnp.float32(3))
+        assert len(step._compiled) == 1
+        assert step.seconds.load > 0
+        step.compile(state, jnp.float32(3))
+        assert step.seconds.load > 0
+    assert len(files(folder)) == 1
+
+
+def test_what_jax_had_kept_is_not_kept_again(folder, monkeypatch):
+    """Loaded from JAX's cache and written once more, a program of a CPU loads and then fails."""
+    name, before = "jax_persistent_cache_min_compile_time_secs", 1.0
+    jax.config.update(name, 0.0)
+    try:
+        y, _ = run(program())
+        (file,) = files(folder)
+        file.unlink()
+        jax.clear_caches()
+        again = program()
+        np.testing.assert_array_equal(run(again)[0], y)
+        assert again.seconds.compile > 0
+        assert files(folder) == []
+    finally:
+        jax.config.update(name, before)
+
+
+def test_results_are_part_of_the_key(folder):
+    """The same program may return its values in another order of names."""
+    pair = KeptProgram(jax.jit(lambda x: (x + 1, x * 2)), "step")
+    names = KeptProgram(jax.jit(lambda x: {"a": x + 1, "b": x * 2}), "step")
+    assert isinstance(pair(jnp.ones(3)), tuple)
+    assert set(names(jnp.ones(3))) == {"a", "b"}
+    assert len(files(folder)) == 2
+
+
+def test_nothing_unfinished_is_left(folder, monkeypatch, caplog):
+    def full(self, content):
+        self.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with caplog.at_level(logging.WARNING):
+        run(program())
+    assert "No space left" in caplog.text
+    assert [path for path in folder.iterdir() if "kimi_jax" in path.name] == []
 
 
 def test_whatever_differs_has_a_program_of_its_own(folder, monkeypatch):
@@ -128,6 +184,13 @@ def test_without_a_directory_nothing_is_kept(folder):
     step = program()
     run(step)
     assert step.seconds == (0, 0, 0, 0)
+    assert not folder.exists()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        run(step)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
     assert not folder.exists()
 
 

@@ -1,10 +1,12 @@
 """One device and eight: the same losses, gradients, logits and answers, whatever the routing."""
 
+import jax
 import numpy as np
 import pytest
 
 from kimi_jax import Trainer, UserError, load
 from kimi_jax.model import gathered as decoding
+from kimi_jax.model.decode import cache_bytes
 from kimi_jax.model.gathered import gathered
 from kimi_jax.training.step import init_state
 from tests.unit.support import tiny_run, write_rows, write_tiny_checkpoint
@@ -155,6 +157,8 @@ def test_decoding_gathers_once_if_there_is_memory(trainers, monkeypatch, caplog)
         assert not trainer.base[path].sharding.is_fully_replicated, path
         np.testing.assert_array_equal(base[path], trainer.base[path])
     assert whole.base_specs != definition.base_specs
+    caches = trainer.model.empty_caches(3, 40)
+    assert cache_bytes(definition, 3, 40) == sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
     once = trainer.sample(prompts, max_new_tokens=4)
     monkeypatch.setattr(decoding, "_free", lambda: 1 << 30)
     assert gathered(definition, trainer.base) == (definition, trainer.base)

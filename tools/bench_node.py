@@ -47,7 +47,7 @@ from tools.node_bench.ahead import compile_step, environment
 from tools.node_bench.comparison import compare
 from tools.node_bench.importing import SYNTHETIC, room, write_synthetic
 from tools.node_bench.record import WRONG, Record, run_sections
-from tools.node_bench.runner import COMPILE, COMPILE_TRACED, WORKERS, WRITE, Runner
+from tools.node_bench.runner import COMPILE, COMPILE_TRACED, MESH, PREPARED, WORKERS, WRITE, Runner
 from tools.node_bench.size import Node, cut
 from tools.node_bench.worker import make_worker
 from tools.step_bench import cases
@@ -117,9 +117,9 @@ def worker(options: argparse.Namespace, given: Sequence[str], node: Node, consol
             highlight=False,
         )
         return 0
-    if options.worker in ([COMPILE], [COMPILE_TRACED]):
-        seconds = compile_step(node, options.worker == [COMPILE_TRACED])
-        console.print(f"{options.worker[0]}: {seconds.describe()}", highlight=False)
+    if (what := options.worker[0]) in PREPARED[MESH]:
+        seconds = compile_step(node, what == COMPILE_TRACED)
+        console.print(f"{what}: {seconds.describe()}", highlight=False)
         return 0
     record = Record(options.json)
     made = make_worker(WORKERS[options.worker[0]], node, options, record, console)
@@ -154,8 +154,7 @@ def measure(options: argparse.Namespace, given: Sequence[str], node: Node, conso
 
     def begin(names: Sequence[str]) -> "subprocess.Popen[bytes]":
         own = ["--worker", ",".join(names), "--json", str(options.json), "--gib", f"{gib}"]
-        compiling = names[0] in (COMPILE, COMPILE_TRACED)
-        changes = environment(node.devices) if compiling else {}
+        changes = environment(node.devices) if names[0] in PREPARED[MESH] else {}
         return start([*given, *own], changes)
 
     runner = Runner(begin, options.limit, record, console)

@@ -22,9 +22,9 @@ def expected(
         operations: of its arithmetic.
         moved: bytes that it reads and writes. With neither, XLA is told nothing.
     """
-    nanoseconds = round(1e9 * max(operations / OPERATIONS, moved / BYTES))
     if not operations and not moved:
         return kernel
+    nanoseconds = round(1e9 * max(operations / OPERATIONS, moved / BYTES))
 
     def call(*operands: Any) -> Any:
         with set_xla_metadata(latency_metadata=str(nanoseconds)):

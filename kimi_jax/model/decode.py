@@ -114,10 +114,12 @@ def check_request(
 
 def cache_bytes(model_def: ModelDef, batch: int, length: int) -> int:
     """Of the latent cache for `batch` rows of up to `length` positions, which every rank has whole."""
-    config = model_def.config
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    places = config.num_hidden_layers * batch * length
-    return places * width * jnp.dtype(model_def.settings.dtype).itemsize
+
+    def caches(base: Values, adapters: Values) -> Any:
+        return model_def.bind(base, adapters).empty_caches(batch, length)
+
+    shapes = jax.eval_shape(caches, model_def.base_shapes, model_def.adapter_shapes)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 class _Loop(NamedTuple):

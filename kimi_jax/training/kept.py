@@ -29,8 +29,9 @@ from kimi_jax.kernels.hopper import compiler_options
 
 log = logging.getLogger(__name__)
 
+CACHE_HIT = "/jax/compilation_cache/cache_hits"  # what JAX's monitoring calls it
+
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax", "optax", "numpy")
-_HIT = "/jax/compilation_cache/cache_hits"
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 _SET = re.compile(r"frozenset\(\{([^{}]*)\}\)")
 
@@ -63,7 +64,8 @@ class KeptProgram:
 
     def __init__(self, jitted: Any, name: str) -> None:
         """`name` begins the files' names."""
-        remember_sources()
+        if directory() is not None:
+            _sources()  # now, soon after they were imported: later they may have been edited
         self.jitted = jitted
         self.name = name
         self.seconds = Seconds()  # of the latest program
@@ -118,19 +120,13 @@ def directory() -> Path | None:
     return None if jax.process_count() > 1 else Path(kept)
 
 
-def remember_sources() -> None:
-    """Reads this package's files, soon after they were imported: later they may have been edited."""
-    if directory() is not None:
-        _sources()
-
-
 @cache
 def _cache_hits() -> list[int]:
     """A list of one number: how often JAX has taken a program from its cache since this was first asked."""
     found = [0]
 
     def heard(event: str, **_: Any) -> None:
-        found[0] += event == _HIT
+        found[0] += event == CACHE_HIT
 
     jax.monitoring.register_event_listener(heard)
     return found

@@ -9,20 +9,27 @@ import jax.numpy as jnp
 from kimi_jax.config import TrainSection
 from kimi_jax.kernels.hopper import compiler_options
 from kimi_jax.model.transformer import ModelDef
-from kimi_jax.training.kept import KeptProgram, remember_sources
+from kimi_jax.training.kept import KeptProgram
 from kimi_jax.training.optimizer import make_optimizer
 from kimi_jax.training.own_rate import make_update_at
 from kimi_jax.training.step import make_gradients, make_loss, make_train_step, make_update
 
 
 class Programs:
-    """See `kimi_jax.training.step` for what each computes. Arguments named there are donated here."""
+    """See `kimi_jax.training.step` for what each computes. Arguments named there are donated here.
+
+    Attributes:
+        optimizer: of the settings.
+        train_step: `make_train_step`, kept between processes if JAX is told where.
+    """
 
     def __init__(self, model_def: ModelDef, settings: TrainSection) -> None:
         self.optimizer = make_optimizer(settings)
         self._model_def = model_def
         self._settings = settings
-        remember_sources()
+        # Made here and not when it is first used: it notes the sources that it is made of.
+        step = make_train_step(model_def, self.optimizer, settings.loss_chunk)
+        self.train_step = KeptProgram(step, "train_step")
 
     @cached_property
     def gradients(self) -> Any:
@@ -46,12 +53,6 @@ class Programs:
     def update_at(self) -> Any:
         """`make_update_at`; the state is donated."""
         return jax.jit(make_update_at(self._settings), donate_argnums=0)
-
-    @cached_property
-    def train_step(self) -> KeptProgram:
-        """`make_train_step`, kept between processes if JAX is told where."""
-        step = make_train_step(self._model_def, self.optimizer, self._settings.loss_chunk)
-        return KeptProgram(step, "train_step")
 
     @cached_property
     def loss(self) -> Any:

@@ -34,9 +34,10 @@ ORDER = "expert_order"
 Compute = Callable[[Any, Any, Array, Array, Array, Any], tuple[Array, Any]]
 """`(trained, frozen, rows [C, D], routing weights [C], group sizes [e], known) -> rows [C, D], kept`.
 
-Rows behind the groups are not part of any, and what comes out for them is ignored. `kept` are results
-on the way, which need not be computed again for the derivative if they come back as `known`; `known`
-is None the first time.
+Rows behind the groups are not part of any, and what comes out for them is ignored. They, and their
+cotangents, are zeros as far as a kernel's tile reaches (`token_movement.scatter.CLEARED`), and may be
+anything behind that. `kept` are results on the way, which need not be computed again for the
+derivative if they come back as `known`; `known` is None the first time.
 """
 
 

@@ -41,7 +41,7 @@ def factor_gradient(
     """Σ over a group's rows of x[a] ⊗ low[a], fp32; zero for an empty group.
 
     Args:
-        x_AC: finite rows sorted by group, C a multiple of 128.
+        x_AC: rows sorted by group, C a multiple of 128; finite, and so are the `TILE` rows behind them.
         low_AL: what `project` made; `rank` of its columns count.
         group_sizes_E: int32, summing to A.
         rank: at most 64.

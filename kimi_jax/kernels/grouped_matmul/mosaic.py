@@ -46,7 +46,7 @@ def grouped_matmul(
     Differentiable in the rows and the adapter's factors.
 
     Args:
-        x_AI: rows sorted by group; finite.
+        x_AI: rows sorted by group; finite, and so are those that a tile may reach behind the groups.
         weight: packed, of one layer, or of all with a leading layers axis, which is read in place.
         group_sizes_E: int32, known on the device only, summing to A.
         adapter: fp32 factors of one layer; a factor without a group dimension is shared.

@@ -55,7 +55,10 @@ def grouped_matmul(
         return y.astype(x_tile.dtype)
 
     y_tiles = jax.lax.map(lambda pair: multiply(*pair), (tiles, tile_group))
-    return y_tiles.reshape(-1, y_tiles.shape[-1])[slot_of_row]
+    y = y_tiles.reshape(-1, y_tiles.shape[-1])[slot_of_row]
+    # Rows behind the groups have a place in the last one's tile: what comes back for them, which may
+    # be anything, must not get there.
+    return jnp.where(jnp.arange(len(y))[:, None] < group_sizes_E.sum(), y, 0)
 
 
 def _group_weight(weight: GroupedWeight, index: Any, dtype: jnp.dtype) -> Array:

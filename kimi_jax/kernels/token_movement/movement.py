@@ -97,7 +97,8 @@ def dispatch_window(
 ) -> Float[Array, "C D"]:
     """Rows start … start + capacity - 1 of `dispatch`, without the others; capacity is static.
 
-    Rows that are other devices' or beyond the last one are zero, and no gradient flows through them.
+    Behind the last row that is this device's, rows are zero as far as a tile of a kernel may reach
+    (`scatter.CLEARED`); what is behind them may be anything. No gradient flows through either.
     """
     return cast(Array, _dispatch_window(x_TD, order, jnp.int32(start), k, capacity, impl))
 

@@ -19,6 +19,9 @@ from kimi_jax.kernels.latency import expected
 
 LINE = 256  # elements that one dimension of a copy may have
 BLOCKS = 132  # one a multiprocessor
+# Rows made zero behind the last that is somebody's: kernels work on tiles of rows, and those that sum
+# over a tile want what is behind the groups to be finite. No tile has more rows than this.
+CLEARED = 256
 MEMORY = 200 * 1024  # bytes of rows in flight in a block
 WIDEST = LINE * (MEMORY // (4 * 2 * LINE))  # with four rows in it
 REQUIRED = f"bfloat16, a multiple of {LINE} up to {WIDEST} wide"
@@ -45,7 +48,7 @@ def scatter_rows(
         row_A: a permutation of 0 … A - 1, A = k · tokens.
         k: places of a token.
         start: the first row that is wanted.
-        total: rows at or beyond this one are zero.
+        total: of the rows from this one on, the first `CLEARED` are zero, and the others unwritten.
         capacity: rows of the output.
         interpret: run on the CPU.
     """
@@ -97,15 +100,26 @@ class _Block:
     full: Any
 
     def run(self) -> None:
-        """Every blocks-th token from this block's own, then what is wanted beyond the last row."""
+        """Every blocks-th token from this block's own, then its share of the zeros behind the last row."""
         mine = self.share(self.tokens)
         for n in range(self.stages - 1):
             pl.when(n < mine)(lambda n=n: self.load(jnp.int32(n)))
-        lax.fori_loop(0, mine, lambda n, _: self.store(n, mine), None)
+
+        def stored(n: Any, places: tuple[Any, ...]) -> tuple[Any, ...]:
+            # Asked for a token ahead, so that no token waits for its own.
+            following = self.places(jnp.minimum(n + 1, mine - 1))
+            self.store(n, places, mine)
+            return following
+
+        @pl.when(mine > 0)
+        def _() -> None:
+            lax.fori_loop(0, mine, stored, self.places(jnp.int32(0)))
+
         self.zero[...] = jnp.zeros(self.zero.shape, self.zero.dtype)
         plgpu.commit_smem()
         end = self.bounds[1]
-        lax.fori_loop(0, self.share(self.capacity - end), lambda n, _: self.clear(end, n), None)
+        cleared = jnp.minimum(self.capacity - end, CLEARED)
+        lax.fori_loop(0, self.share(cleared), lambda n, _: self.clear(end, n), None)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
 
@@ -121,17 +135,21 @@ class _Block:
         """Where its nth token stands."""
         return lax.rem(n, jnp.int32(self.stages))
 
+    def places(self, n: Any) -> tuple[Any, ...]:
+        """The sorted rows of its nth token."""
+        return tuple(self.row[self.item(n) * self.k + j] for j in range(self.k))
+
     def load(self, n: Any) -> None:
         """Begins to copy the nth token here."""
         slot = self.slot(n)
         plgpu.copy_gmem_to_smem(self.x.at[self.item(n)], self.stage.at[slot], self.full.at[slot])
 
-    def store(self, n: Any, mine: Any) -> None:
+    def store(self, n: Any, places: tuple[Any, ...], mine: Any) -> None:
         """Begins to copy the nth token to its places, and to load the next one that finds room."""
         slot, first, end = self.slot(n), self.bounds[0], self.bounds[1]
         plgpu.barrier_wait(self.full.at[slot])
-        for j in range(self.k):
-            place = self.row[self.item(n) * self.k + j] - first
+        for row in places:
+            place = row - first
 
             @pl.when((place >= 0) & (place < end))
             def _(place: Any = place) -> None:

@@ -7,6 +7,7 @@ windows. Sums are fp32, in the order of a token's assignments.
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -53,9 +54,15 @@ def sum_rows(
         block = lax.axis_index("block")
         first, end = bounds[0], bounds[1]
 
-        def one(n: Any, _: None) -> None:
+        def rows_of(n: Any) -> tuple[Any, ...]:
             token = block + n * blocks
-            places = [row[token * k + j] - first for j in range(k)]
+            return tuple(row[token * k + j] for j in range(k))
+
+        def one(n: Any, found_before: tuple[Any, ...]) -> tuple[Any, ...]:
+            token = block + n * blocks
+            # The next token's, asked for a token ahead: this one's rows are waited for meanwhile.
+            following = rows_of(jnp.minimum(n + 1, mine - 1))
+            places = [place - first for place in found_before]
             total = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
             for place in places:
 
@@ -65,8 +72,13 @@ def sum_rows(
 
                 total = lax.cond((place >= 0) & (place < end), add, lambda total: total, total)
             out[token] = total.astype(jnp.bfloat16)
+            return following
 
-        lax.fori_loop(0, lax.div(tokens - block + (blocks - 1), jnp.int32(blocks)), one, None)
+        mine = lax.div(tokens - block + (blocks - 1), jnp.int32(blocks))
+
+        @pl.when(mine > 0)
+        def _() -> None:
+            lax.fori_loop(0, mine, one, rows_of(jnp.int32(0)))
 
     end = jnp.clip(total - start, 0, capacity)
     kernel = plgpu.kernel(

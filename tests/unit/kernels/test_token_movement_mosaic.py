@@ -7,6 +7,8 @@ import pytest
 
 from kimi_jax.errors import UserError
 from kimi_jax.kernels import token_movement as movement
+from kimi_jax.kernels.grouped_matmul import factor_gradient, mosaic, project
+from kimi_jax.kernels.grouped_matmul.mosaic_body import Tuning
 from kimi_jax.kernels.target import compiling_for
 from kimi_jax.kernels.token_movement import scatter, sums
 
@@ -29,6 +31,28 @@ def test_scatter(order):
     found = scatter.scatter_rows(x, order.row, K, jnp.int32(start), total, capacity, interpret=True)
     wanted = movement.dispatch_window(x, order, K, start, capacity, impl="gather")
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_only_what_kernels_may_read_is_cleared(order, monkeypatch):
+    """Behind the last row: so many rows of zeros, and nothing is promised of the others."""
+    monkeypatch.setattr(scatter, "CLEARED", 3)
+    x = jnp.ones((TOKENS, WIDTH), jnp.bfloat16)
+    total, capacity = order.group_sizes.sum(), TOKENS * K
+    end = int(total)
+    assert end + 3 < capacity
+    found = scatter.scatter_rows(x, order.row, K, jnp.int32(0), total, capacity, interpret=True)
+    np.testing.assert_array_equal(found[:end], 1)
+    np.testing.assert_array_equal(found[end : end + 3], 0)
+    # The interpreter fills what is not written with NaN.
+    assert jnp.isnan(found[end + 3 :].astype(jnp.float32)).all()
+
+
+def test_no_tile_reaches_behind_what_is_cleared():
+    """Kernels that sum over a tile's rows would sum what nobody wrote."""
+    tunings = (value for value in vars(mosaic).values() if isinstance(value, Tuning))
+    widest = [max(tuning.widths) for tuning in tunings]
+    assert len(widest) >= 3
+    assert max(*widest, factor_gradient.TILE, project.TILE) <= scatter.CLEARED
 
 
 @pytest.mark.parametrize(("start", "capacity"), [(2, TOKENS * K), (1, 4)])

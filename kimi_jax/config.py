@@ -15,7 +15,16 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 Recompute = Literal["none", "layer"]
-Keep = Literal["stream", "latents", "attention", "feed_forward", "expert_gate", "expert_up"]
+Keep = Literal[
+    "stream",
+    "latents",
+    "queries",
+    "keys_values",
+    "attention",
+    "feed_forward",
+    "expert_gate",
+    "expert_up",
+]
 ExpertFactors = Literal["per_expert", "shared"]
 Rest = Literal["sharded", "replicated"]
 ActivationDtype = Literal["float32", "bfloat16"]
@@ -125,9 +134,14 @@ class TrainSection(Section):
     keep: list[Keep] = Field(
         default_factory=list,
         description="under recompute=layer, what is kept as well: `stream`, the residual stream after "
-        "attention; `latents`, the compressed queries, keys and values; `attention`, its output; "
+        "attention; `latents`, the compressed queries, keys and values; `queries` and `keys_values`, "
+        "those of every head; `attention`, its output; "
         "`feed_forward`, gate and up of dense and shared layers; `expert_gate`, `expert_up`, those of "
         "routed experts",
+    )
+    offload: list[Keep] = Field(
+        default_factory=list,
+        description="the same, kept in the host's memory: it travels over PCIe beside the computation",
     )
     loss_chunk: PositiveInt = Field(
         default=1024, description="tokens whose logits exist at one time"
@@ -137,15 +151,27 @@ class TrainSection(Section):
     )
     keep_checkpoints: PositiveInt = 2
 
+    @property
+    def spared(self) -> tuple[Keep, ...]:
+        """What the backward pass need not compute again, wherever it is kept."""
+        return (*self.keep, *self.offload)
+
     @model_validator(mode="after")
     def _keep_means_something(self) -> Self:
-        if self.keep and self.recompute != "layer":
+        named = {"keep": self.keep, "offload": self.offload}
+        for setting, names in named.items():
+            if names and self.recompute != "layer":
+                raise ValueError(
+                    f"{setting} is {', '.join(names)} and recompute is {self.recompute}, which keeps "
+                    f"everything; required: recompute=layer, or no {setting}"
+                )
+            if len(set(names)) < len(names):
+                raise ValueError(f"{setting} names something twice: {', '.join(names)}")
+        if both := [name for name in self.keep if name in self.offload]:
             raise ValueError(
-                f"keep is {', '.join(self.keep)} and recompute is {self.recompute}, which keeps "
-                "everything; required: recompute=layer, or no keep"
+                f"keep and offload both name {', '.join(both)}; required: in the device's memory (keep) "
+                "or in the host's (offload)"
             )
-        if len(set(self.keep)) < len(self.keep):
-            raise ValueError(f"keep names something twice: {', '.join(self.keep)}")
         return self
 
     @model_validator(mode="after")

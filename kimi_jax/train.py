@@ -1,10 +1,10 @@
 """`python -m kimi_jax.train --config F [section.field=value …]`: fine-tunes, or goes on with a run."""
 
 import argparse
-import os
 from collections.abc import Sequence
 
 from kimi_jax.command import report, run_command
+from kimi_jax.memory_settings import allow_jax_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     # A large run needs more of a GPU than JAX takes unasked; read when JAX first sees a device.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    allow_jax_memory()
     # Imported after the arguments are read: --help and a typo answer at once.
     from kimi_jax.config_file import load_config
     from kimi_jax.console import make_console

@@ -34,13 +34,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rich.console import Console
 
 from kimi_jax.command import run_command
 from kimi_jax.config_file import load_config
+from kimi_jax.memory_settings import allow_jax_memory
 from kimi_jax.weights.reader import INDEX
 from tools.node_bench import tables
 from tools.node_bench.ahead import compile_step, environment
@@ -181,6 +181,7 @@ def measure(options: argparse.Namespace, given: Sequence[str], node: Node, conso
 
 def main(given: Sequence[str] | None = None) -> None:
     """Reads the command line and measures, or does a worker's part."""
+    allow_jax_memory(0.95)
     given = sys.argv[1:] if given is None else list(given)
     options = arguments(given)
     console = Console(width=None if sys.stdout.isatty() else 150)

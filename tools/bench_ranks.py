@@ -12,14 +12,12 @@ copies' step's; what is missing from their own time was hidden behind computatio
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
@@ -29,6 +27,7 @@ from jax.sharding import PartitionSpec
 
 from kimi_jax.config import LoraSection, MeshSection, TrainSection
 from kimi_jax.lora import init_adapters, plan_adapters
+from kimi_jax.memory_settings import allow_jax_memory
 from kimi_jax.model.config import load_model_config
 from kimi_jax.model.layer import ModelSettings
 from kimi_jax.model.layout import in_parts
@@ -140,6 +139,7 @@ def batches(options: argparse.Namespace, vocabulary: int) -> list[dict[str, np.n
 
 def main() -> None:
     """Runs every case and prints one JSON object a line, a summary last."""
+    allow_jax_memory()
     parser = argparse.ArgumentParser(description="Several GPUs of one host against one.")
     parser.add_argument("--checkpoint", required=True, help="directory with a config.json")
     parser.add_argument("--ranks", type=int, default=2)

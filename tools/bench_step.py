@@ -13,20 +13,19 @@ starting again costs. Without a GPU everything but the breakdown runs, for a sma
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rich.console import Console
 
 from kimi_jax.command import run_command
 from kimi_jax.config_file import load_config
+from kimi_jax.memory_settings import allow_jax_memory
 from kimi_jax.planning.memory import read_architecture
 from tools.step_bench import cases
 from tools.step_bench.floors import Rates
@@ -125,6 +124,7 @@ def traced_json(traced: Traced) -> dict[str, Any]:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Reads the command line, measures, prints tables and writes JSON if asked to."""
+    allow_jax_memory(0.95)
     given = sys.argv[1:] if given is None else list(given)
     options, console = arguments(given), Console(width=None if sys.stdout.isatty() else 170)
     startup = Startup()

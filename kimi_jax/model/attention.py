@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.kernels import api as kernels
 from kimi_jax.lora import AdapterPlan
 from kimi_jax.model.config import ModelConfig
-from kimi_jax.model.kept import LATENT
+from kimi_jax.model.kept import KEYS_VALUES, LATENT, QUERIES
 from kimi_jax.model.layers import Linear, Norm, together
 from kimi_jax.model.params import Weight
 from kimi_jax.model.rope import rotate
@@ -61,9 +61,10 @@ class LatentAttention(nnx.Module):
         """Causal attention within segments, keys and values expanded for every head."""
         config = self.config
         q_in, joint = self._entry(x_BTD)
-        q_BTNH = self._whole_queries(q_in, positions_BT)
+        q_BTNH = checkpoint_name(self._whole_queries(q_in, positions_BT), QUERIES)
         latent, rope_key_BTR = self._split_latents(joint, positions_BT)
         kv_BTNH = self.kv_b_proj(latent).reshape(*q_BTNH.shape[:3], -1)
+        kv_BTNH = checkpoint_name(kv_BTNH, KEYS_VALUES)
         out_BTNU = kernels.latent_attention(
             q_BTNH, kv_BTNH, rope_key_BTR, segment_ids_BT, config.softmax_scale
         )

@@ -13,7 +13,7 @@ from kimi_jax.config import Keep, Recompute
 from kimi_jax.lora import AdapterPlan
 from kimi_jax.model.attention import LatentAttention, LatentCache
 from kimi_jax.model.config import ModelConfig
-from kimi_jax.model.kept import STREAM, names_of
+from kimi_jax.model.kept import STREAM, policy
 from kimi_jax.model.layers import Norm, Stacked
 from kimi_jax.model.moe import MixtureOfExperts, SwiGlu
 from kimi_jax.model.params import Weight
@@ -33,6 +33,12 @@ class ModelSettings(NamedTuple):
     keep: tuple[Keep, ...] = ()
     ranks: Ranks = ONE_DEVICE
     half_batches: int = 1
+    offload: tuple[Keep, ...] = ()
+
+    @property
+    def recomputed(self) -> tuple[Recompute, tuple[Keep, ...], tuple[Keep, ...]]:
+        """What `scan_stack` is told of the backward pass."""
+        return self.recompute, self.keep, self.offload
 
 
 class Layer(nnx.Module):
@@ -104,6 +110,7 @@ def scan_stack(
     inputs: Any,
     recompute: Recompute,
     keep: Sequence[Keep] = (),
+    offload: Sequence[Keep] = (),
 ) -> tuple[Array, Any]:
     """Applies a stack's layers in order: `apply(layer, x, inputs of it, its number) -> x, output`.
 
@@ -119,6 +126,5 @@ def scan_stack(
         return apply(nnx.merge(graph, stacked, layer_weights), carry, layer_inputs, number)
 
     if recompute == "layer":
-        policy = jax.checkpoint_policies.save_only_these_names(*names_of(keep))
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        body = jax.checkpoint(body, policy=policy(keep, offload), prevent_cse=False)
     return jax.lax.scan(body, x, (weights, inputs, numbers))

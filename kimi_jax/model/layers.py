@@ -7,11 +7,13 @@ equations are those of one layer, applied inside a scan over the stack.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kimi_jax.kernels import api as kernels
 from kimi_jax.kernels.types import GroupedAdapter, GroupedWeight, LinearAdapter, PackedWeight
 from kimi_jax.lora import Adapter, AdapterPlan
+from kimi_jax.model.kept import STATISTICS
 from kimi_jax.model.layout import in_parts
 from kimi_jax.model.params import Weight, scale_shape
 from kimi_jax.parallel.ranks import Ranks
@@ -42,7 +44,8 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
         """x / rms(x) · weight."""
         x32 = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        inverse_rms = jax.lax.rsqrt(checkpoint_name(mean_square, STATISTICS) + self.eps)
         return self.weight[...].astype(x.dtype) * (x32 * inverse_rms).astype(x.dtype)
 
 

@@ -97,8 +97,7 @@ class Transformer(nnx.Module):
         loads = jnp.zeros((0, self.config.n_routed_experts), jnp.int32)
         for stack in (self.dense_layers, self.moe_layers):
             if stack is not None:
-                recompute, keep = self.settings.recompute, self.settings.keep
-                x_BTD, loads = scan_stack(stack, apply, x_BTD, None, recompute, keep)
+                x_BTD, loads = scan_stack(stack, apply, x_BTD, None, *self.settings.recomputed)
         return self.norm(x_BTD), loads
 
     def decode(

@@ -21,10 +21,10 @@ class Work:
     """One micro-batch on one device.
 
     rows, length: sequences of this device and their tokens. itemsize: bytes of an activation. keep:
-    what is kept beside layers' inputs. low_rank: columns of all adapters' products but experts', and
-    expert_low_rank: of theirs. chunk: tokens of a device whose logits exist at one time. adapters: bytes
-    of this device's fp32 adapters. layer_weights: bytes of the matrices, but the experts', of a layer
-    with experts, whole. matrices: those of all layers.
+    what is kept beside layers' inputs; offload: the same, in the host's memory. low_rank: columns of all
+    adapters' products but experts', and expert_low_rank: of theirs. chunk: tokens of a device whose logits
+    exist at one time. adapters: bytes of this device's fp32 adapters. layer_weights: bytes of the matrices,
+    but the experts', of a layer with experts, whole. matrices: those of all layers.
     """
 
     config: ModelConfig
@@ -34,6 +34,7 @@ class Work:
     itemsize: int
     recompute: Recompute
     keep: tuple[Keep, ...]
+    offload: tuple[Keep, ...]
     low_rank: int
     expert_low_rank: int
     chunk: int
@@ -84,6 +85,11 @@ def saved(work: Work) -> dict[str, int]:
         * (INT32 + FP32),
         # Of the assignments of all ranks' rows: by expert, and back.
         "assignments' order": 2 * config.num_moe_layers * work.assignments * INT32,
+        # Two of the hidden states, and those of the latents that there are.
+        "norms' statistics": config.num_hidden_layers
+        * (4 if config.q_lora_rank else 3)
+        * work.tokens
+        * FP32,
         "adapters' low-rank products": work.tokens * work.low_rank * work.itemsize,
         "experts' low-rank products": work.buffer * work.expert_low_rank * work.itemsize,
     }
@@ -107,19 +113,33 @@ def saved(work: Work) -> dict[str, int]:
     return terms
 
 
+def offloaded(work: Work) -> dict[str, int]:
+    """What the forward pass leaves in the host's memory for the backward pass."""
+    return {name: kept_bytes(work, name) for name in work.offload}
+
+
+def _on_their_way(work: Work) -> int:
+    """What comes back from the host's memory: a layer's that is used, and the next one's."""
+    return 2 * sum(offloaded(work).values()) // work.config.num_hidden_layers
+
+
 def kept_bytes(work: Work, name: Keep) -> int:
-    """Of all layers, what `train.keep` names."""
+    """Of all layers, what a name of `train.keep` stands for."""
     config = work.config
     layers, with_experts = config.num_hidden_layers, config.num_moe_layers
     latents = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_rope_head_dim
-    attention = config.num_attention_heads * (config.v_head_dim * work.itemsize + FP32)
+    heads = layers * work.tokens * config.num_attention_heads
+    attention = config.v_head_dim * work.itemsize + FP32
+    keys_values = (config.qk_nope_head_dim + config.v_head_dim) * work.itemsize
     dense = config.first_k_dense_replace * config.intermediate_size
     shared = with_experts * config.n_shared_experts * config.moe_intermediate_size
     one_projection = with_experts * work.buffer * config.moe_intermediate_size * work.itemsize
     sizes: dict[Keep, int] = {
         "stream": layers * work.hidden(work.tokens),
         "latents": layers * work.tokens * latents * work.itemsize,
-        "attention": layers * work.tokens * attention,
+        "queries": heads * config.qk_head_dim * work.itemsize,
+        "keys_values": heads * keys_values,
+        "attention": heads * attention,
         "feed_forward": 2 * work.tokens * (dense + shared) * work.itemsize,
         "expert_gate": one_projection,
         "expert_up": one_projection,
@@ -176,6 +196,7 @@ def _experts_backward(work: Work) -> dict[str, int]:
         # The residual stream and its cotangent, norms of it, what attention and the shared experts add.
         "hidden states": 10 * work.hidden(work.tokens),
         "gathered weights": _gathered_weights(work),
+        "from the host's memory": _on_their_way(work),
     }
 
 
@@ -198,7 +219,10 @@ def _attention(work: Work) -> dict[str, int]:
 def _attention_backward(work: Work) -> dict[str, int]:
     terms = _attention(work)
     twice = {f"{name}, and cotangents": 2 * size for name, size in terms.items()}
-    return twice | {"layer's input and cotangent": 3 * work.hidden(work.tokens)}
+    return twice | {
+        "layer's input and cotangent": 3 * work.hidden(work.tokens),
+        "from the host's memory": _on_their_way(work),
+    }
 
 
 def _dense_backward(work: Work) -> dict[str, int]:

@@ -51,6 +51,9 @@ def parameters_made_again(
         kept_by: dict[str, Keep] = {
             "o_proj": "stream",
             "q_a_proj": "latents",
+            "q_proj": "queries",
+            "q_b_proj": "queries",
+            "kv_b_proj": "keys_values",
             "kv_a_proj_with_mqa": "latents",
             "gate_proj": by_role,
             "up_proj": by_role,

@@ -14,7 +14,7 @@ from kimi_jax.model.config import ModelConfig, load_model_config
 from kimi_jax.model.layout import check_layout
 from kimi_jax.model.params import Weight, weight_table
 from kimi_jax.parallel.ranks import Ranks, abstract_ranks
-from kimi_jax.planning.activations import Work, phases, saved, workspace
+from kimi_jax.planning.activations import Work, offloaded, phases, saved, workspace
 from kimi_jax.planning.arrays import adapter_bytes, base_bytes, low_rank_columns, matrix_bytes
 from kimi_jax.planning.flops import TokenFlops, active_parameters, token_flops
 from kimi_jax.planning.gpus import DEFAULT, Gpu, find_gpu
@@ -24,9 +24,6 @@ if TYPE_CHECKING:  # a picture is drawn when it is asked for
     from matplotlib.figure import Figure
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-# JAX takes the default's part of a GPU's memory unless the environment says otherwise.
-FRACTION_SETTING, DEFAULT_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75
-ADVISED_FRACTION = 0.92  # leaves NCCL, CUDA and libraries what they take beside JAX
 # Outside of JAX's pool: CUDA context and libraries; and NCCL's buffers where devices are joined.
 CONTEXT, NCCL = 2**30, 2 * 2**30
 MOST_ROWS = 2**16
@@ -70,6 +67,7 @@ class MemoryPlan:
         parameters: of the model.
         flops: of one token.
         largest_micro_batch: that still fits, of all devices; 0 if not one row a device does.
+        offloaded: what one device keeps in its machine's memory between the passes, bytes by name.
     """
 
     device: str
@@ -84,6 +82,7 @@ class MemoryPlan:
     parameters: Parameters
     flops: TokenFlops
     largest_micro_batch: int
+    offloaded: Mapping[str, int]
 
     @property
     def devices(self) -> int:
@@ -105,6 +104,11 @@ class MemoryPlan:
         """Bytes of one device that stand from step to step: weights, adapters, moments."""
         standing = [item for item in self.items if item.kind in ("weights", "training")]
         return sum(item.bytes for item in standing if item.name != GRADIENTS)
+
+    @property
+    def host(self) -> int:
+        """Bytes that one device keeps in its machine's memory."""
+        return sum(self.offloaded.values())
 
     @property
     def fits(self) -> bool:
@@ -185,6 +189,7 @@ class Sizing:
             itemsize=ITEMSIZE[self.config.model.dtype],
             recompute=train.recompute,
             keep=tuple(train.keep),
+            offload=tuple(train.offload),
             low_rank=low_rank_columns(self.adapters, experts=False),
             expert_low_rank=low_rank_columns(self.adapters, experts=True),
             chunk=train.loss_chunk,
@@ -281,7 +286,12 @@ def plan_sizing(sizing: Sizing, gpu: Gpu) -> MemoryPlan:
             sum(adapter.parameters for adapter in sizing.adapters.values()),
         ),
         flops=token_flops(
-            sizing.table, sizing.model, train.recompute, train.sequence_length, train.keep
+            sizing.table,
+            sizing.model,
+            train.recompute,
+            train.sequence_length,
+            train.spared,
         ),
         largest_micro_batch=sizing.largest_rows(gpu.memory) * sizing.ranks.count,
+        offloaded=offloaded(sizing.work),
     )

@@ -6,14 +6,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kimi_jax.memory_settings import ADVISED_FRACTION, DEFAULT_FRACTION, FRACTION_SETTING
 from kimi_jax.planning.compiled import CompiledStep
 from kimi_jax.planning.hlo import summary
-from kimi_jax.planning.memory import (
-    ADVISED_FRACTION,
-    DEFAULT_FRACTION,
-    FRACTION_SETTING,
-    MemoryPlan,
-)
+from kimi_jax.planning.memory import MemoryPlan
 from kimi_jax.planning.options import Option
 
 GIB = 2**30
@@ -65,14 +61,24 @@ def _verdict(plan: MemoryPlan) -> str:
     largest = plan.largest_micro_batch
     limit = f"train.micro_batch of at most {largest} fits" if largest else "no micro-batch fits"
     if not plan.fits:
-        return f"Does not fit: {tokens}; {limit}."
+        return f"Does not fit: {tokens}; {limit}." + (_offloaded(plan) if plan.offloaded else "")
     told = ""
     if plan.fraction > DEFAULT_FRACTION:
         told = (
             f" JAX must be told to use more than its default {DEFAULT_FRACTION:.0%}: "
             f"{FRACTION_SETTING}={ADVISED_FRACTION}."
         )
+    if plan.offloaded:
+        told += _offloaded(plan)
     return f"Fits: {tokens}; {limit}.{told}"
+
+
+def _offloaded(plan: MemoryPlan) -> str:
+    sizes = plan.host / GIB, plan.devices * plan.host / GIB
+    return (
+        f" In the machine's memory, GiB: {sizes[0]:,.1f} for each device ({', '.join(plan.offloaded)}), "
+        f"{sizes[1]:,.0f} for all."
+    )
 
 
 def _workspace(plan: MemoryPlan) -> Table:

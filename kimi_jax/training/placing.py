@@ -4,6 +4,7 @@ import jax
 
 from kimi_jax.config import RunConfig
 from kimi_jax.model.layout import check_layout
+from kimi_jax.parallel import processes
 from kimi_jax.parallel.ranks import Ranks, make_ranks
 from kimi_jax.planning import check_fits, device_memory
 from kimi_jax.weights.checkpoint import Checkpoint
@@ -19,5 +20,6 @@ def place(config: RunConfig, checkpoint: Checkpoint) -> Ranks:
     ranks = make_ranks(config.mesh)
     check_layout(checkpoint.table, ranks)
     devices = list(ranks.mesh.local_devices) if ranks.mesh else jax.local_devices()[:1]
-    check_fits(config, checkpoint.config, ranks, device_memory(devices), len(devices))
+    together = len(devices), processes.on_this_machine()
+    check_fits(config, checkpoint.config, ranks, device_memory(devices), *together)
     return ranks

@@ -25,14 +25,18 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 _PACKAGES = ("kimi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
-# What may differ when a run goes on: none of it changes a number of the training beyond rounding.
-_MAY_DIFFER = (
+# What may differ when a run goes on, sections or fields: none of it changes a number of the training
+# beyond rounding.
+_MAY_DIFFER = {
     "run.dir",
     "evaluate.",
     "mesh.",
     "train.checkpoint_every",
+    "train.keep",
     "train.keep_checkpoints",
-)
+    "train.offload",
+    "train.recompute",
+}
 
 
 def prepare(directory: Path, config: RunConfig, base_fingerprint: str) -> bool:
@@ -137,7 +141,7 @@ def _differences(before: RunConfig, now: RunConfig) -> list[str]:
     for section, fields in new.items():
         for field, value in fields.items():
             key = f"{section}.{field}"
-            if old[section][field] == value or key.startswith(_MAY_DIFFER):
+            if old[section][field] == value or {key, f"{section}."} & _MAY_DIFFER:
                 continue
             if key == "train.steps" and now.train.schedule == "constant":
                 continue  # a constant rate does not depend on where the run ends

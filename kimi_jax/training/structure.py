@@ -35,6 +35,7 @@ def model_of(
         tuple(config.train.keep),
         ranks,
         config.mesh.half_batches,
+        tuple(config.train.offload),
     )
     if plan is None:
         plan = plan_adapters(config.lora, weight_table(model))

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports point from a later line to an earlier one, or stay on their line.
 LEVELS = [
-    {"errors", "axes", "config", "config_file", "console"},
+    {"errors", "axes", "config", "config_file", "console", "memory_settings"},
     {"int4"},
     {"kernels"},
     {"parallel"},

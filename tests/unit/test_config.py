@@ -105,6 +105,11 @@ def test_words_that_look_like_numbers_stay_words(load, text):
             "train.schedule: Input should be 'constant', 'linear' or 'cosine'",
         ),
         ("train.recompute=all", "train.recompute: Input should be 'none' or 'layer'"),
+        ("train.keep=[weights]", "train.keep.0: Input should be 'stream', 'latents'"),
+        (
+            "train.offload=[latents, latents]",
+            "train: offload names something twice: latents, latents",
+        ),
         ("train.beta2=1", "train.beta2: Input should be less than 1"),
         ("train.clip_norm=0", "train.clip_norm: Input should be greater than 0"),
         ("train.warmup_steps=10", "train: warmup_steps is 10; it must be less than steps, 10"),
@@ -134,6 +139,27 @@ def test_refused_values(refusal, line, message):
     found = refusal(GOOD, line)
     assert "run.yaml: 1 problem in the configuration\n" in found
     assert f"\n  - {message}" in found
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["train.keep=[stream, latents]", "train.offload=[latents]"],
+            "keep and offload both name latents; required: in the device's memory",
+        ),
+        (
+            ["train.recompute=none", "train.offload=[latents]"],
+            "offload is latents and recompute is none, which keeps everything; required: recompute=layer",
+        ),
+        (
+            ["train.recompute=none", "train.keep=[latents]"],
+            "keep is latents and recompute is none, which keeps everything; required: recompute=layer",
+        ),
+    ],
+)
+def test_what_is_kept_twice_or_for_nothing(refusal, lines, message):
+    assert message in refusal(GOOD, *lines)
 
 
 @pytest.mark.parametrize(

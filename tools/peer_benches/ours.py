@@ -33,7 +33,7 @@ WARM_UP = 2
 KERNELS = "mosaic_gpu"  # of the program that has the Hopper kernels in it
 
 
-NOTHING = ("train.recompute=none", "train.keep=[]")
+NOTHING = ("train.recompute=none", "train.keep=[]", "train.offload=[]")
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def layer_gradients(model_def: ModelDef) -> Callable[..., Any]:
             stack = model_def.bind(base, adapters).moe_layers
             assert stack is not None
             settings = model_def.settings
-            return scan_stack(stack, apply, x, None, settings.recompute, settings.keep)
+            return scan_stack(stack, apply, x, None, *settings.recomputed)
 
         y, pullback, loads = jax.vjp(forward, adapters, x, has_aux=True)
         return y, pullback(dy), loads

@@ -142,7 +142,7 @@ class Bench:
     def mfu(self, rate: float) -> dict[str, float]:
         """Of the datasheet's peak, for so many real tokens a second on one GPU."""
         rank, train = self.rank, self.rank.config.train
-        flops = token_flops(rank.table, rank.model, train.recompute, rank.length, train.keep)
+        flops = token_flops(rank.table, rank.model, train.recompute, rank.length, train.spared)
         return {
             "4N": flops.frozen * rate / DATASHEET,
             "with_recompute": flops.recomputed * rate / DATASHEET,

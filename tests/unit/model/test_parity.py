@@ -1,19 +1,23 @@
 """The model against transformers and peft, in fp32: goldens described in tests/parity/README.md."""
 
 from functools import cache
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kimi_jax.config import Keep
 from kimi_jax.lora import init_adapters
+from kimi_jax.model import kept
 from kimi_jax.model.layer import ModelSettings
 from kimi_jax.model.transformer import ModelDef
 from kimi_jax.training.loss import loss_terms
 from tests.unit import golden
 
 FP32 = ModelSettings(dtype=jnp.float32)
+EVERYTHING = get_args(Keep)
 
 
 @pytest.fixture(scope="module", params=golden.CHECKPOINTS)
@@ -27,10 +31,10 @@ def base_logits(name, tokens, positions, segments=None, settings=FP32):
     return model(tokens, positions, segments)
 
 
-def loss_and_gradients(name, recompute, quickly):
+def loss_and_gradients(name, quickly, **settings):
     """Mean loss and its gradients with respect to the stored adapter, on the stored batch."""
     stored = golden.gradients(name)
-    settings = FP32._replace(recompute=recompute)
+    settings = FP32._replace(**settings)
     model_def = ModelDef(golden.checkpoint(name).config, golden.plan(name), settings)
     positions, segments = golden.places(stored["tokens"])
     batch = {
@@ -51,13 +55,13 @@ def loss_and_gradients(name, recompute, quickly):
 
 @pytest.fixture(scope="module")
 def differentiate(quickly):
-    """`loss_and_gradients`, computed once for each pair of arguments."""
-    return cache(lambda name, recompute: loss_and_gradients(name, recompute, quickly))
+    """`loss_and_gradients`, computed once for the same arguments."""
+    return cache(lambda name, **settings: loss_and_gradients(name, quickly, **settings))
 
 
 @pytest.fixture(scope="module")
 def differentiated(name, differentiate):
-    return differentiate(name, "layer")
+    return differentiate(name, recompute="layer")
 
 
 def relative_error(found, expected):
@@ -104,12 +108,57 @@ def test_gradients_of_every_expert_and_layer(name, differentiated):
         assert (each <= 1e-3 * largest).all(), path
 
 
-def test_recomputation_changes_nothing(differentiate):
+@pytest.mark.parametrize(
+    ("keep", "offload"),
+    [((), ()), (EVERYTHING, ()), ((), EVERYTHING), (EVERYTHING[::2], EVERYTHING[1::2])],
+    ids=["nothing", "everything", "everything in the host's memory", "half here, half there"],
+)
+def test_what_is_computed_again_changes_nothing(differentiate, keep, offload):
     """The backward pass sees the layers, and the experts, that the forward pass saw."""
-    kept, recomputed = (differentiate("k2_thinking", recompute) for recompute in ("none", "layer"))
-    assert float(kept[0]) == pytest.approx(float(recomputed[0]), rel=1e-6)
-    for path, gradient in kept[1].items():
-        assert relative_error(recomputed[1][path], gradient) <= 1e-6, path
+    known = differentiate("k2_thinking", recompute="none")
+    found = differentiate("k2_thinking", recompute="layer", keep=keep, offload=offload)
+    assert float(found[0]) == pytest.approx(float(known[0]), rel=1e-6)
+    for path, gradient in known[1].items():
+        assert relative_error(found[1][path], gradient) <= 1e-6, path
+
+
+def backward_program(**settings):
+    """The text of a gradient's program, nothing compiled."""
+    model, plan = golden.checkpoint("k2_thinking").config, golden.plan("k2_thinking")
+    model_def = ModelDef(model, plan, FP32._replace(**settings))
+    places = jnp.zeros((1, 8), jnp.int32)
+
+    def last(adapters, base):
+        return model_def.bind(base, adapters).hidden(places, places, places)[0].sum()
+
+    return str(jax.make_jaxpr(jax.grad(last))(model_def.adapter_shapes, model_def.base_shapes))
+
+
+@pytest.mark.parametrize("name", sorted({*EVERYTHING} - {"attention"}))
+def test_what_a_name_spares(name):
+    """On CPUs no number would show it, nor what kind of memory holds it. Attention is fast kernels' own."""
+    nothing, here = backward_program(), backward_program(keep=(name,))
+    there = backward_program(offload=(name,))
+    assert here.count("dot_general[") < nothing.count("dot_general[")
+    assert there.count("dot_general[") == here.count("dot_general[")
+    assert here.count("device_put[") == nothing.count("device_put[")
+    # Out of the scan over layers and into it: at least one result of one stack.
+    assert there.count("device_put[") >= here.count("device_put[") + 2
+
+
+def test_norms_are_not_summed_again():
+    """The backward pass has each token's mean square."""
+    definition = ModelDef(golden.checkpoint("k2_thinking").config, settings=FP32)
+    norm = definition.bind(golden.base("k2_thinking"), {}).norm
+
+    def sums(policy):
+        def total(x):
+            return jax.checkpoint(norm.__call__, policy=policy)(x).sum()
+
+        x = jnp.ones((2, definition.config.hidden_size))
+        return str(jax.make_jaxpr(jax.grad(total))(x)).count("reduce_sum")
+
+    assert sums(kept.policy(())) == sums(jax.checkpoint_policies.nothing_saveable) - 1
 
 
 @pytest.fixture

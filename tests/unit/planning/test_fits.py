@@ -1,7 +1,10 @@
 """Runs that cannot fit are refused with the plan's numbers and what to change."""
 
+import os
+
 import pytest
 
+from kimi_jax import memory_settings
 from kimi_jax.errors import UserError
 from kimi_jax.parallel.ranks import abstract_ranks
 from kimi_jax.planning import check_fits, device_memory, plan
@@ -46,11 +49,75 @@ def test_what_is_offered(on_eight, model):
     assert "mesh.rest=sharded (" in message
     assert "lora.expert_factors=shared" in message
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in message
+    assert "train.keep=[]" in refusal(on_eight("train.keep=[stream]"), model, 80 * GIB)
     # What is done already is not offered.
     message = refusal(on_eight("lora.expert_factors=shared"), model, 80 * GIB)
     assert "recompute" not in message
+    assert "train.keep" not in message
     assert "rest=" not in message
     assert "expert_factors" not in message
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine(bytes)` has that much memory, and JAX may use all of it in each process."""
+    monkeypatch.setenv(memory_settings.HOST_SETTING, "100000")
+
+    def has(memory):
+        monkeypatch.setattr(memory_settings, "host_memory", lambda: memory)
+        monkeypatch.setattr("kimi_jax.planning.fits.host_memory", lambda: memory)
+
+    return has
+
+
+@pytest.mark.parametrize(("local", "processes"), [(8, 1), (1, 8)])
+def test_what_is_offloaded_must_fit_the_machine(on_eight, model, machine, local, processes):
+    """Of all devices of all processes that share it."""
+    config = on_eight("train.offload=[attention]")
+    found, ranks = plan(config), abstract_ranks(config.mesh)
+    machine(8 * found.host)
+    check_fits(config, model, ranks, found.program, local, processes)
+    machine(8 * found.host - 1)
+    with pytest.raises(UserError, match=r"8 devices would keep (.|\n)*attention: .* GiB") as caught:
+        check_fits(config, model, ranks, found.program, local, processes)
+    assert memory_settings.HOST_SETTING in str(caught.value)
+
+
+def test_what_jax_may_use_of_the_machine(on_eight, model, machine, monkeypatch):
+    """Its own limit is 64 GiB a process."""
+    config = on_eight("train.offload=[attention]")
+    found, ranks = plan(config), abstract_ranks(config.mesh)
+    monkeypatch.delenv(memory_settings.HOST_SETTING)
+    machine(100 * found.host)
+    check_fits(config, model, ranks, found.program, local=1)
+    check_fits(config, model, ranks, found.program, local=1, processes=80)
+    with pytest.raises(UserError, match=r"may use 64\.0 GiB"):
+        check_fits(config, model, ranks, found.program, local=80)
+
+
+def test_what_jax_is_told(machine, monkeypatch):
+    """Before it sees a device; what the environment says already wins."""
+    machine(500 << 30)
+    names = memory_settings.FRACTION_SETTING, memory_settings.HOST_SETTING
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what is set below is undone
+        monkeypatch.delenv(name)
+    memory_settings.allow_jax_memory()
+    assert [os.environ[name] for name in names] == ["0.92", "500"]
+    monkeypatch.setenv(memory_settings.HOST_SETTING, "7")
+    memory_settings.allow_jax_memory(0.5)
+    assert [os.environ[name] for name in names] == ["0.92", "7"]
+    assert memory_settings.allowed_host_memory() == 7 << 30
+
+
+def test_a_container_has_what_it_may_use(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory_settings, "_CGROUP", limit)
+    whole = memory_settings.host_memory()
+    limit.write_text("max\n")
+    assert memory_settings.host_memory() == whole
+    limit.write_text("1048576\n")
+    assert memory_settings.host_memory() == 1 << 20
 
 
 def test_on_cpus_what_stands_is_compared_with_the_machine(on_eight, model, monkeypatch):

@@ -1,13 +1,16 @@
 """One device and eight: the same losses, gradients, logits and answers, whatever the routing."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kimi_jax import Trainer, UserError, load
+from kimi_jax.kernels.token_movement import dispatch_window, movement
 from kimi_jax.model import gathered as decoding
 from kimi_jax.model.decode import cache_bytes
 from kimi_jax.model.gathered import gathered
+from kimi_jax.parallel import experts
 from kimi_jax.training.step import init_state
 from tests.unit.support import tiny_run, write_rows, write_tiny_checkpoint
 
@@ -46,6 +49,7 @@ def trainers(checkpoint, tmp_path_factory, light_compiler):
 
 OWN_BIAS = {}  # the checkpoint's, by trainer
 HALVES = {"expert": 4, "expert_buffer": 0.3, "half_batches": 2}
+KEPT = {"train__keep": ["stream", "expert_gate"], "train__offload": ["queries", "expert_up"]}
 
 
 def begin(trainer, routing):
@@ -109,11 +113,29 @@ def compare(mesh, one, routing, given):
 
 
 def test_parts_of_two_rows_and_one(trainers, checkpoint, tmp_path):
-    """Three rows on each of four devices."""
+    """Three rows on each of four devices, and some results kept on them, some in the host's memory."""
     write_rows(tmp_path / "train.jsonl")
-    given = tiny_run(tmp_path, checkpoint, train__micro_batch=12, train__learning_rate=1e-3)
+    given = tiny_run(tmp_path, checkpoint, train__micro_batch=12, train__learning_rate=1e-3, **KEPT)
     halves = Trainer(given | {"mesh": HALVES})
     compare(halves, trainers["one"], "natural", list(batches(12))[:2])
+
+
+def test_rows_that_are_nobodys_may_be_anything(trainers, checkpoint, tmp_path, monkeypatch):
+    """Kernels on Hopper leave them unwritten: rows, and in the derivative their cotangents."""
+
+    def poisoned(x, order, k, start, capacity, impl="auto"):
+        rows = dispatch_window(x, order, k, start, capacity, impl)
+        if x.shape[-1] == 1:  # routing weights, which no kernel moves
+            return rows
+        ours = start + np.arange(capacity) < order.group_sizes.sum()
+        return jnp.where(ours[:, None], rows, jnp.nan)
+
+    for module in (experts, movement):
+        monkeypatch.setattr(module, "dispatch_window", poisoned)
+    write_rows(tmp_path / "train.jsonl")
+    given = tiny_run(tmp_path, checkpoint, train__micro_batch=8, train__learning_rate=1e-3)
+    mesh = Trainer(given | {"mesh": {"expert": 4, "expert_buffer": 1.5}})
+    compare(mesh, trainers["one"], "natural", list(batches())[:2])
 
 
 def test_the_state_stays_where_it_is(trainers):

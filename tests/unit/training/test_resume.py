@@ -17,6 +17,7 @@ from kimi_jax.command import run_command
 from kimi_jax.config_file import load_config
 from kimi_jax.data.loader import Batches
 from kimi_jax.train import main
+from kimi_jax.training import run_dir
 from kimi_jax.training.examples import read_examples
 from kimi_jax.training.metrics import Metrics, read_metrics
 from tests.unit.support import tiny_run, write_rows
@@ -151,6 +152,20 @@ def test_a_finished_run_started_again_does_nothing(workplace, uninterrupted, cap
     assert f"Done: {STEPS} steps" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
     assert checkpoints(uninterrupted) == ["4", "6"]
+
+
+def test_what_is_computed_again_may_differ(workplace, uninterrupted):
+    """A run that met the end of a GPU's memory goes on with less kept; its rate stays what it was."""
+    config = workplace / "config.yaml"
+    base = json.loads((uninterrupted / run_dir.FACTS).read_text())["base_fingerprint"]
+
+    def check(*overrides):
+        run_dir.check(uninterrupted, load_config(config, list(overrides)), base)
+
+    for changed in ("keep=[stream]", "offload=[latents]", "recompute=none", "keep_checkpoints=7"):
+        check(f"train.{changed}")
+    with pytest.raises(UserError, match=r"train\.clip_norm: the run has .*, now 7"):
+        check("train.clip_norm=7", "train.keep=[stream]")
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):

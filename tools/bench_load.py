@@ -100,14 +100,20 @@ def drop_pages(files: list[Path]) -> None:
 def memory_watched(result: dict[str, Any]) -> Iterator[None]:
     """Largest growth, sampled, of this process's resident memory, and of what the system has in use.
 
-    The second also counts memory that a driver pins; the page cache is in neither.
+    The second also counts memory that a driver pins; the page cache is in neither. Of the first also its
+    kinds at that moment, as the kernel tells them apart: `anonymous`, `files` mapped, `shared`.
     """
     done = threading.Event()
     before, peak = (_resident(), _available()), [0, 0]
+    kinds: dict[str, int] = {}
 
     def sample() -> None:
         while not done.wait(0.01):
-            peak[0] = max(peak[0], _resident() - before[0])
+            now = _resident()
+            grown = {kind: now[kind] - before[0][kind] for kind in now}
+            if sum(grown.values()) > peak[0]:
+                peak[0] = sum(grown.values())
+                kinds.update(grown)
             peak[1] = max(peak[1], before[1] - _available())
 
     thread = threading.Thread(target=sample)
@@ -118,6 +124,7 @@ def memory_watched(result: dict[str, Any]) -> Iterator[None]:
         done.set()
         thread.join()
         result["process_gb"], result["system_gb"] = (round(n / 1e9, 2) for n in peak)
+        result["process_kinds_gb"] = {kind: round(n / 1e9, 2) for kind, n in kinds.items()}
 
 
 def timed_import(checkpoint: Checkpoint, ranks: Ranks) -> tuple[float, dict[str, Any]]:
@@ -147,7 +154,8 @@ def measure(
     checkpoint = open_checkpoint(directory)
     files = sorted({entry.file for entry in checkpoint.entries.values()})
     size = sum(path.stat().st_size for path in files)
-    jax.block_until_ready(jax.numpy.zeros(1) + 1)  # the device's own start is not the import's
+    for device in jax.local_devices():  # a device's own start is not the import's
+        jax.block_until_ready(jax.device_put(np.zeros(1, np.float32), device) + 1)
     result |= {
         "gb": round(size / 1e9, 2),
         "files": len(files),
@@ -183,9 +191,11 @@ def measure(
         say(f"{name}: {json.dumps(result[name])}")
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _resident() -> dict[str, int]:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    found = dict(line.split(":", 1) for line in lines)
+    kinds = {"anonymous": "RssAnon", "files": "RssFile", "shared": "RssShmem"}
+    return {kind: int(found[name].split()[0]) * 1024 for kind, name in kinds.items()}
 
 
 def _available() -> int:

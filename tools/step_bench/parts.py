@@ -18,11 +18,11 @@ REST_ATTENTION, REST_EXPERTS = REST + "attention", REST + "experts"
 REST_DENSE, REST_NORMS = REST + "dense and shared", REST + "norms, residual"
 REST_STACKS, REST_EMBEDDING = REST + "stacks, sums", REST + "embedding"
 UNKNOWN, IDLE = "not attributed", "idle"
-EXPOSED = "exchanges, nothing beside"
+EXPOSED, HOST = "exchanges, nothing beside", "copies to and from the host, nothing beside"
 PARTS = (
     ATTENTION, PROJECTIONS, ROUTER, MOVEMENT, EXPERTS, EXPERT_LORA, LORA, DENSE, HEAD, OPTIMIZER,
     EXCHANGES, REST_ATTENTION, REST_EXPERTS, REST_DENSE, REST_NORMS, REST_STACKS, REST_EMBEDDING,
-    UNKNOWN, EXPOSED, IDLE,
+    UNKNOWN, EXPOSED, HOST, IDLE,
 )  # fmt: skip
 FORWARD, RECOMPUTED, BACKWARD, ONCE = "forward", "recomputed", "backward", ""
 PHASES = (FORWARD, RECOMPUTED, BACKWARD, ONCE)
@@ -78,6 +78,8 @@ _COMPILED_FUNCTIONS = tuple((re.compile(pattern), part) for pattern, part in _FU
 _WRAPPER = re.compile(r"^(?:(?:transpose|jvp|vmap|jit|pjit|remat|checkpoint)\()*([^()]*)\)*$")
 # Kernels written by hand, and cuDNN's attention.
 _OWN = re.compile(r"mosaic|fmha|sdpa")
+# Within a GPU: a result put into its stack, or taken out of it, beside what is computed.
+_COPY = re.compile(r"memcpy_?d(2|to)d", re.IGNORECASE)
 _GEMM = re.compile(r"gemm|nvjet|xmma|cutlass|cublas|(?:^|_)dot(?:_|$)", re.IGNORECASE)
 
 
@@ -110,6 +112,8 @@ def part(origin: Origin, kernel: str) -> str:
             ways[2],
         )  # a kernel written by hand says more than where it stands
     place = next((way for way in ways if way is not None), None)
+    if place is None and _COPY.search(kernel):
+        return REST_STACKS
     if place is None and phase(origin.operation) == ONCE and origin.operation.startswith("jit("):
         place = OPTIMIZER if "while" not in origin.operation else REST_STACKS
     if place is None and "dynamic_" in origin.operation:

@@ -86,6 +86,10 @@ def print_traced(console: Console, traced: Traced) -> None:
         f"without recomputing {least * 1e3:.0f} ms ({traced.of.case.tokens_a_rank / least:,.0f} tokens/s). "
         "A fusion counts as its last operation: the stand-ins' sums are partly fused into what uses them."
     )
+    for direction, seconds in found.travelled.items():
+        console.print(
+            f"  {direction}: {seconds * 1e3:.1f} ms, beside whatever ran", highlight=False
+        )
     for row in found.longest:
         if row["part"] == parts.UNKNOWN:
             console.print(f"  not attributed: {row['seconds'] * 1e3:.2f} ms {row['kernel'][:80]}")

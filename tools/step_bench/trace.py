@@ -5,6 +5,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 from jax.profiler import ProfileData
 
 from tools.step_bench.overlap import Overlap, Span, common, length, overlap, union
-from tools.step_bench.parts import EXPOSED, IDLE, ONCE, PHASES, UNKNOWN, part, phase
+from tools.step_bench.parts import EXPOSED, HOST, IDLE, ONCE, PHASES, UNKNOWN, part, phase
 from tools.step_bench.program import Origin, by_kernel, origins
 
 # Kernels in a command buffer do not say which instruction launched them: the traced program has none.
@@ -26,6 +27,7 @@ _DEVICE = re.compile(r"/device:GPU:(\d+)")
 _KINDS = r"all[-_]?gather|all[-_]?reduce|reduce[-_]?scatter|all[-_]?to[-_]?all|collective"
 _EXCHANGE = re.compile(rf"nccl|{_KINDS}|memcpy_?p(2p|eer)", re.IGNORECASE)
 _EXCHANGING = re.compile(rf"({_KINDS}|psum|pmax|ppermute)")
+_HOST_COPY = re.compile(r"memcpy_?(d2h|h2d|dtoh|htod)", re.IGNORECASE)
 _FUSION = re.compile(r"fusion[\w.]*$")  # computes, whatever it is called after
 
 Key = tuple[str, str]  # part, phase
@@ -45,14 +47,17 @@ class Event(NamedTuple):
 class Breakdown:
     """Of one step, seconds. What ran beside something else counts once, for what began first.
 
-    An exchange between GPUs counts where nothing else ran, as `parts.EXPOSED`. longest: kernels by time,
-    each with its part, phase and number of calls.
+    An exchange between GPUs counts where nothing else ran, as `parts.EXPOSED`, and what travels between a
+    GPU and the host where neither did, as `parts.HOST`. longest: kernels by time,
+    each with its part, phase and number of calls. travelled: seconds in which copies between the GPU and
+    the host ran, by the direction's name, beside whatever ran.
     """
 
     span: float
     parts: dict[Key, float]
     kernels: int
     longest: list[dict[str, Any]] = field(default_factory=list)
+    travelled: dict[str, float] = field(default_factory=dict)
 
     def of(self, name: str) -> float:
         """All phases of a part."""
@@ -69,6 +74,7 @@ class Breakdown:
             "kernels": self.kernels,
             "parts": rows,
             "longest": self.longest,
+            "travelled_s": self.travelled,
         }
 
 
@@ -114,6 +120,11 @@ def is_exchange(event: Event) -> bool:
     return bool(_EXCHANGING.match(event.instruction) or _EXCHANGE.search(event.kernel))
 
 
+def is_host_copy(event: Event) -> bool:
+    """Whether an event moves data between a GPU and the host's memory, and is no exchange."""
+    return bool(_HOST_COPY.search(event.kernel)) and not is_exchange(event)
+
+
 def exchanges(events: Iterable[Event]) -> tuple[Overlap, dict[str, tuple[float, int]]]:
     """What of a GPU's exchanges is hidden behind its computation; seconds and calls of their kernels."""
     computing: list[Span] = []
@@ -121,6 +132,8 @@ def exchanges(events: Iterable[Event]) -> tuple[Overlap, dict[str, tuple[float, 
     kernels: dict[str, tuple[float, int]] = {}
     for event in events:
         span = (event.start, event.start + event.seconds)
+        if is_host_copy(event):
+            continue
         if not is_exchange(event):
             computing.append(span)
             continue
@@ -144,9 +157,14 @@ def break_down(events: Iterable[Event], text: str) -> Breakdown:
     ordered = sorted(events, key=lambda event: event.start)
     begin = until = ordered[0].start
     gaps: list[Span] = []
-    apart = union((e.start, e.start + e.seconds) for e in ordered if is_exchange(e))
+    exchanging = union((e.start, e.start + e.seconds) for e in ordered if is_exchange(e))
+    travelling: dict[str, list[Span]] = defaultdict(list)
     for event in ordered:
-        if is_exchange(event):
+        if is_host_copy(event):
+            travelling[event.kernel].append((event.start, event.start + event.seconds))
+    apart = union((*exchanging, *chain.from_iterable(travelling.values())))
+    for event in ordered:
+        if is_exchange(event) or is_host_copy(event):
             continue
         origin = known.get(event.instruction) or kernels.get(event.kernel)
         origin = origin or Origin(event.operation)
@@ -162,9 +180,12 @@ def break_down(events: Iterable[Event], text: str) -> Breakdown:
         entry[1] += 1
     last = max(until, apart[-1][1]) if apart else until
     gaps.append((until, last))
-    if apart:
-        sums[EXPOSED, ONCE] = common(gaps, apart)
-    if idle := length(gaps) - sums.get((EXPOSED, ONCE), 0.0):
+    exposed, unhidden = common(gaps, exchanging), common(gaps, apart)
+    if exchanging:
+        sums[EXPOSED, ONCE] = exposed
+    if unhidden > exposed:
+        sums[HOST, ONCE] = unhidden - exposed
+    if idle := length(gaps) - unhidden:
         sums[IDLE, ONCE] = idle
     ranked = sorted(calls.items(), key=lambda item: -item[1][0])
     seen: Counter[str] = Counter()
@@ -179,4 +200,7 @@ def break_down(events: Iterable[Event], text: str) -> Breakdown:
         for (name, key), (spent, count) in shown
     ]
     ranks = sorted(sums, key=lambda key: (key[0], PHASES.index(key[1])))
-    return Breakdown(last - begin, {key: sums[key] for key in ranks}, len(ordered), longest)
+    travelled = {name: length(union(spans)) for name, spans in sorted(travelling.items())}
+    return Breakdown(
+        last - begin, {key: sums[key] for key in ranks}, len(ordered), longest, travelled
+    )

@@ -106,6 +106,28 @@ def test_exchanges_beside_computation_are_not_counted_twice():
     assert kernels["ncclDevKernel_AllGather"] == (4.0, 1)
 
 
+def test_what_travels_to_the_host_is_counted_where_nothing_else_ran():
+    """It is no computation: an exchange beside it is not hidden."""
+    events = [
+        Event("MemcpyD2H", 9.0, 2.0),
+        Event("nvjet_sm90", 10.0, 2.0, "custom-call.1"),
+        Event("ncclDevKernel_AllGather", 11.5, 1.5, "all_gather.1"),
+        Event("MemcpyH2D", 12.5, 1.5),
+        Event("MemcpyD2D", 15.0, 1.0, "", "jit(step)/jit(main)"),  # whose place is not known
+    ]
+    found = break_down(events, PROGRAM)
+    assert found.parts == {
+        (parts.PROJECTIONS, FORWARD): 2.0,
+        (parts.EXPOSED, ONCE): 1.0,
+        (parts.HOST, ONCE): 2.0,
+        (parts.REST_STACKS, ONCE): 1.0,
+        (parts.IDLE, ONCE): 1.0,
+    }
+    assert found.span == sum(found.parts.values()) == 7.0
+    assert found.travelled == {"MemcpyD2H": 2.0, "MemcpyH2D": 1.5}
+    assert exchanges(events)[0] == Overlap(6.0, 3.0, 1.5, 0.5, 1.0, 2.0)
+
+
 def test_events_are_told_apart_by_gpu():
     def plane(name, *lines):
         return SimpleNamespace(name=name, lines=lines)

@@ -6,11 +6,12 @@ Both are settings in the environment, which it reads when it first sees a device
 import os
 from pathlib import Path
 
+from kimi_jax.errors import UserError
+
 FRACTION_SETTING, DEFAULT_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75  # of a GPU's
 ADVISED_FRACTION = 0.92  # leaves NCCL, CUDA and libraries what they take beside JAX
 # Of the machine's memory that GPUs read and write by themselves, GB for a process (2³⁰ bytes each).
 HOST_SETTING, DEFAULT_HOST_GB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64
-
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")  # what a container may have, or `max`
 
@@ -31,9 +32,12 @@ def host_memory() -> int:
 
 
 def allowed_host_memory() -> int:
-    """Bytes of the machine's memory that arrays of GPUs may take in this process."""
-    try:
-        limit = int(os.environ.get(HOST_SETTING, DEFAULT_HOST_GB))
-    except ValueError:
-        limit = DEFAULT_HOST_GB
-    return min(limit << 30, host_memory())
+    """Bytes of the machine's memory that arrays of GPUs may take in this process.
+
+    Raises:
+        UserError: the setting is no number.
+    """
+    limit = os.environ.get(HOST_SETTING, str(DEFAULT_HOST_GB))
+    if not limit.isdecimal():
+        raise UserError(f"{HOST_SETTING} is {limit!r}; required: whole GB, or not set")
+    return min(int(limit) << 30, host_memory())

@@ -108,6 +108,9 @@ def test_what_jax_is_told(machine, monkeypatch):
     memory_settings.allow_jax_memory(0.5)
     assert [os.environ[name] for name in names] == ["0.92", "7"]
     assert memory_settings.allowed_host_memory() == 7 << 30
+    monkeypatch.setenv(memory_settings.HOST_SETTING, "much")
+    with pytest.raises(UserError, match="is 'much'; required: whole GB"):
+        memory_settings.allowed_host_memory()
 
 
 def test_a_container_has_what_it_may_use(tmp_path, monkeypatch):

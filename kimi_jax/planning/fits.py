@@ -56,13 +56,12 @@ def check_fits(
     """
     sizing = replace(sizing_of(config, model), ranks=ranks)
     items = sizing.items()
-    if memory is not None:
-        _check_host(sizing, local, processes)
     if memory is None:
         items = tuple(item for item in items if item.kind in STANDING)
         items = tuple(replace(item, bytes=item.bytes * local * processes) for item in items)
         memory, whose = host_memory(), "this machine has"
     else:
+        _check_host(sizing, local, processes)
         items = tuple(item for item in items if item.kind != "reserve")
         whose = "JAX may use on each device"
     needed = sum(item.bytes for item in items)

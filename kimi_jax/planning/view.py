@@ -61,19 +61,19 @@ def _verdict(plan: MemoryPlan) -> str:
     largest = plan.largest_micro_batch
     limit = f"train.micro_batch of at most {largest} fits" if largest else "no micro-batch fits"
     if not plan.fits:
-        return f"Does not fit: {tokens}; {limit}." + (_offloaded(plan) if plan.offloaded else "")
+        return f"Does not fit: {tokens}; {limit}.{_offloaded(plan)}"
     told = ""
     if plan.fraction > DEFAULT_FRACTION:
         told = (
             f" JAX must be told to use more than its default {DEFAULT_FRACTION:.0%}: "
             f"{FRACTION_SETTING}={ADVISED_FRACTION}."
         )
-    if plan.offloaded:
-        told += _offloaded(plan)
-    return f"Fits: {tokens}; {limit}.{told}"
+    return f"Fits: {tokens}; {limit}.{told}{_offloaded(plan)}"
 
 
 def _offloaded(plan: MemoryPlan) -> str:
+    if not plan.offloaded:
+        return ""
     sizes = plan.host / GIB, plan.devices * plan.host / GIB
     return (
         f" In the machine's memory, GiB: {sizes[0]:,.1f} for each device ({', '.join(plan.offloaded)}), "

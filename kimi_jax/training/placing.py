@@ -20,6 +20,9 @@ def place(config: RunConfig, checkpoint: Checkpoint) -> Ranks:
     ranks = make_ranks(config.mesh)
     check_layout(checkpoint.table, ranks)
     devices = list(ranks.mesh.local_devices) if ranks.mesh else jax.local_devices()[:1]
-    together = len(devices), processes.on_this_machine()
-    check_fits(config, checkpoint.config, ranks, device_memory(devices), *together)
+    memory = device_memory(devices)
+    # Processes exchange their hosts' names only where the machine's memory is compared.
+    shared = memory is None or config.train.offload
+    here = processes.on_this_machine() if shared else 1
+    check_fits(config, checkpoint.config, ranks, memory, len(devices), here)
     return ranks

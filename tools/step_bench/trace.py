@@ -5,7 +5,6 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,15 +41,20 @@ class Event(NamedTuple):
     instruction: str = ""
     operation: str = ""
 
+    @property
+    def span(self) -> Span:
+        """Begin and end."""
+        return self.start, self.start + self.seconds
+
 
 @dataclass(frozen=True)
 class Breakdown:
     """Of one step, seconds. What ran beside something else counts once, for what began first.
 
     An exchange between GPUs counts where nothing else ran, as `parts.EXPOSED`, and what travels between a
-    GPU and the host where neither did, as `parts.HOST`. longest: kernels by time,
-    each with its part, phase and number of calls. travelled: seconds in which copies between the GPU and
-    the host ran, by the direction's name, beside whatever ran.
+    GPU and the host where neither did, as `parts.HOST`. longest: kernels by time, each with its part, phase
+    and number of calls. travelled: seconds in which copies between the GPU and the host ran, by the
+    direction's name, beside whatever ran.
     """
 
     span: float
@@ -120,27 +124,35 @@ def is_exchange(event: Event) -> bool:
     return bool(_EXCHANGING.match(event.instruction) or _EXCHANGE.search(event.kernel))
 
 
-def is_host_copy(event: Event) -> bool:
-    """Whether an event moves data between a GPU and the host's memory, and is no exchange."""
-    return bool(_HOST_COPY.search(event.kernel)) and not is_exchange(event)
+class _Kinds(NamedTuple):
+    """Events of one GPU, in the order they were given."""
+
+    computing: list[Event]
+    exchanging: list[Event]
+    travelling: list[Event]
+
+
+def _told_apart(events: Iterable[Event]) -> _Kinds:
+    """What computes, what moves data from one GPU to another, and what between a GPU and the host."""
+    kinds = _Kinds([], [], [])
+    for event in events:
+        if is_exchange(event):
+            kinds.exchanging.append(event)
+        elif _HOST_COPY.search(event.kernel):
+            kinds.travelling.append(event)
+        else:
+            kinds.computing.append(event)
+    return kinds
 
 
 def exchanges(events: Iterable[Event]) -> tuple[Overlap, dict[str, tuple[float, int]]]:
     """What of a GPU's exchanges is hidden behind its computation; seconds and calls of their kernels."""
-    computing: list[Span] = []
-    exchanging: list[Span] = []
+    computing, exchanging, _ = _told_apart(events)
     kernels: dict[str, tuple[float, int]] = {}
-    for event in events:
-        span = (event.start, event.start + event.seconds)
-        if is_host_copy(event):
-            continue
-        if not is_exchange(event):
-            computing.append(span)
-            continue
-        exchanging.append(span)
+    for event in exchanging:
         spent, calls = kernels.get(event.kernel, (0.0, 0))
         kernels[event.kernel] = (spent + event.seconds, calls + 1)
-    return overlap(computing, exchanging), kernels
+    return overlap((e.span for e in computing), (e.span for e in exchanging)), kernels
 
 
 def break_down(events: Iterable[Event], text: str) -> Breakdown:
@@ -157,15 +169,10 @@ def break_down(events: Iterable[Event], text: str) -> Breakdown:
     ordered = sorted(events, key=lambda event: event.start)
     begin = until = ordered[0].start
     gaps: list[Span] = []
-    exchanging = union((e.start, e.start + e.seconds) for e in ordered if is_exchange(e))
-    travelling: dict[str, list[Span]] = defaultdict(list)
-    for event in ordered:
-        if is_host_copy(event):
-            travelling[event.kernel].append((event.start, event.start + event.seconds))
-    apart = union((*exchanging, *chain.from_iterable(travelling.values())))
-    for event in ordered:
-        if is_exchange(event) or is_host_copy(event):
-            continue
+    kinds = _told_apart(ordered)
+    exchanging = union(event.span for event in kinds.exchanging)
+    apart = union((*exchanging, *(event.span for event in kinds.travelling)))
+    for event in kinds.computing:
         origin = known.get(event.instruction) or kernels.get(event.kernel)
         origin = origin or Origin(event.operation)
         key = (part(origin, event.kernel), phase(origin.operation))
@@ -200,7 +207,11 @@ def break_down(events: Iterable[Event], text: str) -> Breakdown:
         for (name, key), (spent, count) in shown
     ]
     ranks = sorted(sums, key=lambda key: (key[0], PHASES.index(key[1])))
-    travelled = {name: length(union(spans)) for name, spans in sorted(travelling.items())}
+    directions = sorted({event.kernel for event in kinds.travelling})
+    travelled = {
+        name: length(union(e.span for e in kinds.travelling if e.kernel == name))
+        for name in directions
+    }
     return Breakdown(
         last - begin, {key: sums[key] for key in ranks}, len(ordered), longest, travelled
     )

@@ -54,15 +54,16 @@ def sum_rows(
         block = lax.axis_index("block")
         first, end = bounds[0], bounds[1]
 
-        def rows_of(n: Any) -> tuple[Any, ...]:
-            token = block + n * blocks
-            return tuple(row[token * k + j] for j in range(k))
+        def token_of(n: Any) -> Any:
+            return block + n * blocks
 
-        def one(n: Any, found_before: tuple[Any, ...]) -> tuple[Any, ...]:
-            token = block + n * blocks
+        def rows_of(n: Any) -> tuple[Any, ...]:
+            return tuple(row[token_of(n) * k + j] for j in range(k))
+
+        def one(n: Any, rows: tuple[Any, ...]) -> tuple[Any, ...]:
             # The next token's, asked for a token ahead: this one's rows are waited for meanwhile.
             following = rows_of(jnp.minimum(n + 1, mine - 1))
-            places = [place - first for place in found_before]
+            places = [place - first for place in rows]
             total = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
             for place in places:
 
@@ -71,7 +72,7 @@ def sum_rows(
                     return total + found.astype(jnp.float32)
 
                 total = lax.cond((place >= 0) & (place < end), add, lambda total: total, total)
-            out[token] = total.astype(jnp.bfloat16)
+            out[token_of(n)] = total.astype(jnp.bfloat16)
             return following
 
         mine = lax.div(tokens - block + (blocks - 1), jnp.int32(blocks))

@@ -170,6 +170,7 @@ def test_two_processes(tmp_path):
         assert each["devices"] == 8
         assert each["value"] == [0, "ä"]
         assert each["largest"] == 15
+        assert each["on_this_machine"] == 2
         assert each["whole"]
         assert each["imported"]
     assert first["rows_here"] == [0, 3, 6, 9]

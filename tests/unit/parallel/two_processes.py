@@ -34,6 +34,7 @@ def main(number, address, checkpoint):
     except UserError as error:
         found["refusal"] = str(error)
     found["largest"] = processes.largest_soon(15 * number)()
+    found["on_this_machine"] = processes.on_this_machine()
 
     rows = np.arange(48).reshape(2, 8, 3)
     placed = ranks.put_batch({"tokens": rows})

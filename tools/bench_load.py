@@ -2,12 +2,16 @@
 
     python tools/bench_load.py --gib 30 --directory DIR [--expert N] [--json FILE]
 
-Also, what the way to the device can carry: memory that a GPU reads by itself, copied to it by four
-threads. An import cannot be faster than the slower of the two.
+Also, what the way to the devices can carry: memory that GPUs read by themselves, copied to each of them
+by four threads. An import cannot be faster than the slower of the two.
 
 Makes the checkpoint if the directory has none (see synthetic_checkpoint.py). Raw: threads read the
-files in order, in blocks, into buffers that they use again. Cold: the files' pages are dropped from the
-page cache before. GB are 10⁹ bytes.
+files in order, in blocks, into buffers that they use again; with small blocks all buffers fit the
+processor's cache, with large ones they do not. Cold: the files' pages are dropped from the page cache
+before. Warm also: the same raw reading while other memory is sent to the devices, for an import does
+both with one machine's memory. `--try` imports once more, warm, with other settings (readers, buffers,
+MiB of a piece, MiB of a thread's share, pieces of a program): `--try 16,6,32,4,4 24,8,32,4,4`. GB are
+10⁹ bytes.
 """
 
 import argparse
@@ -17,11 +21,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,20 +41,21 @@ from kimi_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from kimi_jax.weights.reader import INDEX
 from tools.synthetic_checkpoint import sized_config, write_checkpoint
 
-RAW_THREADS = (4, 8, 16, 32)
-RAW_BLOCK = 16 << 20
+RAW_THREADS = (8, 16, 24, 32)
+RAW_BLOCKS_MIB = (4, 16)
+PAGES = ("cold", "warm")
+WARM_IMPORTS = 3  # their median counts
+TUNED = ("READERS", "BUFFERS", "PIECE_BYTES", "SHARE_BYTES", "TOGETHER")
 
 
-def read_raw(files: list[Path], threads: int) -> float:
-    """Seconds to read all bytes of `files`."""
+def read_raw(files: list[Path], threads: int, block: int) -> float:
+    """Seconds to read all bytes of `files` in blocks of so many bytes."""
     blocks: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
     descriptors = [os.open(path, os.O_RDONLY) for path in files]
     for descriptor in descriptors:
-        for begin in range(0, os.fstat(descriptor).st_size, RAW_BLOCK):
+        for begin in range(0, os.fstat(descriptor).st_size, block):
             blocks.put((descriptor, begin))
-    buffers = [
-        np.zeros(RAW_BLOCK, np.uint8) for _ in range(threads)
-    ]  # touched before the clock runs
+    buffers = [np.ones(block, np.uint8) for _ in range(threads)]  # touched before the clock runs
 
     def work(buffer: np.ndarray) -> None:
         while (block := blocks.get()) is not None:
@@ -66,25 +72,53 @@ def read_raw(files: list[Path], threads: int) -> float:
     return seconds
 
 
-def link_rate() -> float | None:
-    """GB/s from host memory to the first device; None on a CPU."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return None
-    threads, nbytes, times = 4, 32 << 20, 64
+@contextmanager
+def sending(devices: list[Any]) -> Iterator[Callable[[], float]]:
+    """Threads that copy host memory to `devices` as fast as it goes; yields what tells GB so far."""
+    threads, nbytes = 4 * len(devices), 32 << 20
+    sent, done = [0] * threads, threading.Event()
     with (
-        load.host_buffers(threads, nbytes) as free,
+        load.host_buffers(threads, nbytes) as views,
         ThreadPoolExecutor(threads) as pool,
     ):
-        views = [free.get() for _ in range(threads)]
 
         def send(number: int) -> None:
-            load.copy_to(views[number % threads], device).block_until_ready()
+            while not done.is_set():
+                device = devices[number % len(devices)]
+                load.copy_to(views[number], device).block_until_ready()
+                sent[number] += nbytes
 
-        list(pool.map(send, range(threads)))
-        began = time.perf_counter()
-        list(pool.map(send, range(threads * times)))
-        return threads * times * nbytes / 1e9 / (time.perf_counter() - began)
+        running = [pool.submit(send, number) for number in range(threads)]
+        while not all(sent) and not any(each.done() for each in running):
+            time.sleep(0.001)
+        try:
+            yield lambda: sum(sent) / 1e9
+        finally:
+            done.set()
+            for each in running:
+                each.result()
+
+
+def link_rate(devices: list[Any]) -> float:
+    """GB/s from host memory to `devices` at once."""
+    with sending(devices) as gb:
+        before, began = gb(), time.perf_counter()
+        time.sleep(1)
+        return round((gb() - before) / (time.perf_counter() - began), 2)
+
+
+def read_beside_transfers(files: list[Path], size: int, devices: list[Any]) -> dict[str, Any]:
+    """GB/s of reading the files raw while memory that has nothing to do with them goes to the devices."""
+    found = {}
+    for mib in RAW_BLOCKS_MIB:
+        with sending(devices) as gb:
+            before = gb()
+            seconds = read_raw(files, load.READERS, mib << 20)
+            found[f"{load.READERS} × {mib} MiB"] = {
+                "raw_gb_s": round(size / 1e9 / seconds, 2),
+                "transfers_gb_s": round((gb() - before) / seconds, 2),
+            }
+    return found
 
 
 def drop_pages(files: list[Path]) -> None:
@@ -141,15 +175,20 @@ def timed_import(checkpoint: Checkpoint, ranks: Ranks) -> tuple[float, dict[str,
 
 
 def measure(
-    directory: Path, ranks: Ranks, say: Callable[[str], None], result: dict[str, Any]
+    directory: Path,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    result: dict[str, Any],
+    pages: Sequence[str] = PAGES,
 ) -> None:
-    """Everything, in the order cold, warm.
+    """Everything, in the order of `pages`.
 
     Args:
         directory: of the checkpoint.
         ranks: where it is imported to.
         say: told each of the two when it is in `result`.
         result: gets what was measured.
+        pages: `cold`, `warm` or both.
     """
     checkpoint = open_checkpoint(directory)
     files = sorted({entry.file for entry in checkpoint.entries.values()})
@@ -165,29 +204,45 @@ def measure(
         "hidden": checkpoint.config.hidden_size,
         "devices": f"{ranks.count} × {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),
-        "readers": load.READERS,
-        "piece_mib": load.PIECE_BYTES >> 20,
+        "settings": {name: getattr(load, name) for name in TUNED},
     }
-    link = link_rate()
-    result["link_gb_s"] = None if link is None else round(link, 2)
-    for name in ("cold", "warm"):
+    devices = jax.local_devices()[: ranks.count]
+    link = None
+    if devices[0].platform == "gpu":
+        link = result["link_gb_s"] = link_rate(devices)
+    if "cold" not in pages:  # the first import compiles
+        timed_import(checkpoint, ranks)
+    for name in pages:
         rates = {}
-        for threads in RAW_THREADS if name == "warm" else (load.READERS,):
-            if name == "cold":
-                drop_pages(files)
-            rates[str(threads)] = round(size / 1e9 / read_raw(files, threads), 2)
+        for mib in RAW_BLOCKS_MIB if name == "warm" else RAW_BLOCKS_MIB[-1:]:
+            for threads in RAW_THREADS if name == "warm" else (load.READERS,):
+                if name == "cold":
+                    drop_pages(files)
+                seconds = read_raw(files, threads, mib << 20)
+                rates[f"{threads} × {mib} MiB"] = round(size / 1e9 / seconds, 2)
         if name == "cold":
             drop_pages(files)
         seconds, memory = timed_import(checkpoint, ranks)
+        if name == "warm":
+            again = [timed_import(checkpoint, ranks)[0] for _ in range(WARM_IMPORTS - 1)]
+            seconds = median([seconds, *again])
         rate, raw = size / 1e9 / seconds, max(rates.values())
         result[name] = {
-            "raw_gb_s_by_threads": rates,
+            "raw_gb_s": rates,
             "import_gb_s": round(rate, 2),
             "import_seconds": round(seconds, 2),
             "of_raw": round(rate / raw, 2),
             "of_slower_of_raw_and_link": round(rate / min(raw, link or raw), 2),
+            "of_raw_in_blocks_of_mib": {
+                mib: round(
+                    rate / max(r for key, r in rates.items() if key.endswith(f" {mib} MiB")), 2
+                )
+                for mib in {int(key.split()[2]) for key in rates}
+            },
             "beyond_baseline": memory,
         }
+        if name == "warm" and link is not None:
+            result[name]["beside_transfers"] = read_beside_transfers(files, size, devices)
         say(f"{name}: {json.dumps(result[name])}")
 
 
@@ -210,11 +265,10 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=30.0, help="of a checkpoint that is made")
     parser.add_argument("--directory", type=Path, required=True, help="made, or used again")
     parser.add_argument("--expert", type=int, default=1, help="devices that share the experts")
-    parser.add_argument("--readers", type=int, default=load.READERS)
-    parser.add_argument("--piece-mib", type=int, default=load.PIECE_BYTES >> 20)
+    parser.add_argument("--pages", nargs="+", choices=PAGES, default=PAGES)
+    parser.add_argument("--try", nargs="*", default=[], dest="others", help="other settings")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
-    load.READERS, load.PIECE_BYTES = options.readers, options.piece_mib << 20
     if not (options.directory / INDEX).is_file():
         began = time.perf_counter()
         total = write_checkpoint(options.directory, sized_config(options.gib))
@@ -223,8 +277,19 @@ def main() -> None:
     n = options.expert
     ranks = ONE_DEVICE if n == 1 else Ranks(n, 1, make_mesh(n))
     result: dict[str, Any] = {}
-    measure(options.directory, ranks, lambda line: print(line, flush=True), result)
-    print(json.dumps({k: v for k, v in result.items() if k not in ("cold", "warm")}))
+    measure(options.directory, ranks, lambda line: print(line, flush=True), result, options.pages)
+    print(json.dumps({k: v for k, v in result.items() if k not in PAGES}))
+    result["others"] = []
+    for text in options.others:
+        readers, buffers, piece, span, together = (int(number) for number in text.split(","))
+        values = (readers, buffers, piece << 20, span << 20, together)
+        for name, value in zip(TUNED, values, strict=True):
+            setattr(load, name, value)
+        checkpoint = open_checkpoint(options.directory)
+        seconds = [timed_import(checkpoint, ranks)[0] for _ in range(3)][1:]  # the first compiles
+        rates = [round(result["gb"] / second, 2) for second in seconds]
+        result["others"].append({"settings": text, "import_gb_s": rates})
+        print(f"{text}: {rates}", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -133,6 +133,30 @@ def in_file_order(arrays: Sequence[Held], at_most: int) -> list[Piece]:
     return sorted(pieces, key=lambda p: (stacks.index(p.held.array.weight.stack), p.layer))
 
 
+def neighbours(pieces: Sequence[Piece], at_most: int) -> list[list[Piece]]:
+    """Pieces that follow each other in a layer of an array, at most so many together, equal in shape."""
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        last = runs[-1][-1] if runs else None
+        if (
+            last
+            and last.held is piece.held
+            and (last.layer, last.shape)
+            == (
+                piece.layer,
+                piece.shape,
+            )
+        ):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    groups = []
+    for run in runs:
+        size = _equal_parts(len(run), at_most)
+        groups += [run[begin : begin + size] for begin in range(0, len(run), size)]
+    return groups
+
+
 def _equal_parts(count: int, at_most: int) -> int:
     """How many of `count` go together: each other shape of a piece is a program to compile."""
     if count <= at_most:

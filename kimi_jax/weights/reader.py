@@ -8,7 +8,7 @@ with dtype, shape and offsets of each tensor, then the data.
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -62,24 +62,36 @@ class Files:
 
     descriptors: Mapping[Path, int]
 
-    def read(self, entry: Entry, begin: int, into: np.ndarray) -> None:
-        """Fills `into`, uint8 [n], with the tensor's bytes from `begin` on.
+    def read(self, file: Path, offset: int, into: Sequence[np.ndarray]) -> None:
+        """Fills arrays of uint8 one after the other with a file's bytes from `offset` on.
 
         Not through a memory map: taking the pages one by one costs more than copying them.
 
         Raises:
             UserError: the system cannot read the file, or it has become shorter.
         """
-        assert begin + into.nbytes <= entry.nbytes
-        left, offset = memoryview(into), entry.offset + begin
-        while left:
+        left: Sequence[memoryview | np.ndarray] = into
+        missing = sum(array.nbytes for array in into)
+        while missing:
             try:
-                count = os.preadv(self.descriptors[entry.file], [left], offset)
+                count = os.preadv(self.descriptors[file], left, offset)
             except OSError as error:
-                raise UserError(f"{entry.file}: cannot be read: {error.strerror}") from error
+                raise UserError(f"{file}: cannot be read: {error.strerror}") from error
             if count == 0:
-                raise UserError(f"{entry.file}: has become shorter while it was being read")
-            left, offset = left[count:], offset + count
+                raise UserError(f"{file}: has become shorter while it was being read")
+            offset, missing = offset + count, missing - count
+            if missing:
+                left = _without(left, count)
+
+
+def _without(arrays: Sequence[memoryview | np.ndarray], count: int) -> list[memoryview]:
+    """What is left of arrays when their first `count` bytes are taken away."""
+    left = []
+    for array in arrays:
+        view = memoryview(array)
+        left.append(view[count:])
+        count = max(0, count - view.nbytes)
+    return [view for view in left if view.nbytes]
 
 
 @contextmanager

@@ -47,9 +47,9 @@ def main(number, address, checkpoint):
     found["whole"] = bool((whole["rows"] == rows).all())
 
     asked, read = [], Files.read
-    Files.read = lambda self, entry, begin, into: (
-        asked.append(into.nbytes),
-        read(self, entry, begin, into),
+    Files.read = lambda self, file, offset, into: (
+        asked.extend(array.nbytes for array in into),
+        read(self, file, offset, into),
     )[1]
     opened = open_checkpoint(checkpoint)
     base = load_base(opened, ranks=ranks)

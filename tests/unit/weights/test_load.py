@@ -1,8 +1,7 @@
 """Onto eight devices as onto one, bit for bit, with bounded memory and nothing read twice."""
 
-import threading
+from contextlib import contextmanager
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,7 +12,7 @@ from kimi_jax.weights import load
 from kimi_jax.weights.checkpoint import open_checkpoint
 from kimi_jax.weights.load import load_base
 from kimi_jax.weights.pieces import held_arrays, pieces_of
-from kimi_jax.weights.reader import Files
+from kimi_jax.weights.reader import Files, open_files
 from tests.unit.support import change_shard, write_tiny_checkpoint
 
 EXPERTS = 16
@@ -38,9 +37,9 @@ def reads(monkeypatch):
     """What was asked of the files: (file, first byte, bytes), in no order."""
     asked, real = [], Files.read
 
-    def read(self, entry, begin, into):
-        asked.append((entry.file.name, entry.offset + begin, into.nbytes))
-        real(self, entry, begin, into)
+    def read(self, file, offset, into):
+        asked.append((file.name, offset, sum(array.nbytes for array in into)))
+        real(self, file, offset, into)
 
     monkeypatch.setattr(Files, "read", read)
     return asked
@@ -60,6 +59,7 @@ def test_eight_devices_hold_what_one_holds(
     checkpoint, on_one, monkeypatch, reads, expert, data, rest
 ):
     monkeypatch.setattr(load, "PIECE_BYTES", SMALL_PIECE)
+    monkeypatch.setattr(load, "SHARE_BYTES", 700)
     ranks = Ranks(expert, data, make_mesh(expert, data), rest=rest)
     calls = []
     base = load_base(checkpoint, lambda done, total: calls.append((done, total)), ranks)
@@ -122,58 +122,83 @@ def test_pieces_cover_each_part_once(checkpoint, at_most):
         assert (covered == 1).all()
 
 
-def test_a_write_exchanges_nothing_and_copies_nothing(checkpoint):
-    """Neither a collective between devices nor a second copy of the stack."""
-    ranks = Ranks(8, 1, make_mesh(8))
-    for held in held_arrays(checkpoint, ranks):
-        piece = next(pieces_of(held, SMALL_PIECE))
-        weight, spec = held.array.weight, held.array.spec
-        write = load._writer(held.array.leaf, bool(weight.stack), spec, held.piece_spec, ranks)
-        shape = (piece.layers, piece.rows * max(1, len(held.parts)), *held.row_shape)
-        compiled = write.lower(
-            load._empty(held),
-            jax.ShapeDtypeStruct(
-                shape, held.dtype, sharding=jax.NamedSharding(ranks.mesh, held.piece_spec)
-            ),
-            np.zeros(2 if weight.stack else 1, np.int32),
-        ).compile()
-        text = compiled.as_text()
-        for exchange in ("all-gather", "all-reduce", "all-to-all", "collective", "reduce-scatter"):
-            assert exchange not in text, (held.array.path, exchange)
-        assert "input_output_alias" in text, held.array.path
-        if held.array.leaf != "value":  # the largest: one is enough to see a copy
-            break
-
-
 def test_host_memory_is_bounded(checkpoint, monkeypatch):
-    """At most a buffer for each reader is between file and device, whatever the size of the model."""
+    """No more is between file and device than the buffers hold, whatever the size of the model."""
     monkeypatch.setattr(load, "PIECE_BYTES", SMALL_PIECE)
-    monkeypatch.setattr(load, "READERS", 3)
-    lock, now, most, sizes = threading.Lock(), [0], [0], set()
-    real = load.copy_to
+    monkeypatch.setattr(load, "BUFFERS", 3)
+    made, sent, real = [], [], (load.host_buffers, load.copy_to)
+
+    @contextmanager
+    def buffers(count, nbytes):
+        with real[0](count, nbytes) as found:
+            made.extend(found)
+            yield found
 
     def copy(view, device):
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
-            sizes.add(view.base.base.nbytes if view.base.base is not None else view.nbytes)
-        try:
-            return real(view, device)
-        finally:
-            with lock:
-                now[0] -= 1
+        sent.append(view)
+        return real[1](view, device)
 
+    monkeypatch.setattr(load, "host_buffers", buffers)
     monkeypatch.setattr(load, "copy_to", copy)
     load_base(checkpoint)
-    largest = max(
-        piece.nbytes
-        for held in held_arrays(checkpoint, Ranks())
-        for piece in pieces_of(held, SMALL_PIECE)
-    )
-    page = load.mmap.PAGESIZE
-    assert 1 <= most[0] <= 3
-    assert max(sizes) <= 3 * (-(-largest // page) * page)
-    assert largest <= SMALL_PIECE
+    assert len(made) == 3
+    assert SMALL_PIECE / 2 < sum(buffer.nbytes for buffer in made) / 3 <= 4096
+    assert all(any(np.shares_memory(view, buffer) for buffer in made) for view in sent)
+
+
+def test_a_buffer_waits_for_its_device(checkpoint, on_one, monkeypatch):
+    """A buffer is read into again only when what it held has arrived."""
+    monkeypatch.setattr(load, "PIECE_BYTES", SMALL_PIECE)
+    monkeypatch.setattr(load, "BUFFERS", 2)
+    late = []  # what a device has not read yet: it takes the bytes when it is asked for the third time
+
+    class Late:
+        def __init__(self, view):
+            self.view, self.asked, self.found = view, 0, None
+
+        def is_ready(self):
+            self.asked += 1
+            if self.asked == 3:
+                self.land()
+            return self.found is not None
+
+        def land(self):
+            if self.found is None:
+                self.found = self.view.copy()
+
+    def copy(view, device):
+        late.append(Late(view))
+        return late[-1]
+
+    placed = []
+
+    def write(self, array, pieces, group):
+        placed.append((group, pieces))
+        return array
+
+    monkeypatch.setattr(load, "copy_to", copy)
+    monkeypatch.setattr(load, "joined", lambda piece, copies: copies[0])
+    monkeypatch.setattr(load.Writers, "write", write)
+    real = load.jax.block_until_ready
+
+    def block(tree):
+        for copy in load.jax.tree.leaves(tree):
+            copy.land() if isinstance(copy, Late) else real(copy)
+        return tree
+
+    monkeypatch.setattr(load.jax, "block_until_ready", block)
+    load_base(checkpoint)
+    for group, pieces in placed:
+        for piece, each in zip(group, pieces, strict=True):
+            (reading,) = load._readings([piece])
+            buffer = np.zeros(piece.nbytes, np.uint8)
+            shapes = [np.empty(2, np.int32) for _ in reading.checks]
+            spans = load._spans(reading, buffer, shapes)
+            with open_files({span.file for span in spans}) as files:
+                for span in spans:
+                    files.read(*span)
+            assert each.found.tobytes() == buffer.tobytes(), piece.held.array.path
+    assert sum(len(group) for group, _ in placed) == len(late)
 
 
 def test_a_file_that_has_become_shorter(checkpoint, tmp_path):

@@ -1,0 +1,154 @@
+"""Arrays of the base model on their devices: made empty, then written in place, some pieces at a time."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from kimi_jax.int4 import words_to_int4
+from kimi_jax.model.layers import DTYPES
+from kimi_jax.model.layout import Leaf
+from kimi_jax.parallel.ranks import REPLICATED, Ranks
+from kimi_jax.weights.pieces import Held, Piece
+
+COMPILERS = 8  # threads
+
+Group = Sequence[Piece]  # pieces of one array, equal in shape, that one program writes
+
+
+def empty_arrays(arrays: Sequence[Held]) -> dict[str, Array]:
+    """Zeros for each array, by path, where its parts belong."""
+    made = [(held.array.path, held.shape, _dtype(held), held.sharding) for held in arrays]
+    return _zeros(tuple(made))()
+
+
+def joined(piece: Piece, received: Sequence[Array]) -> Array:
+    """The devices' pieces as one array, side by side or, where devices hold the same, as copies."""
+    held = piece.held
+    if held.sharding is None:
+        (whole,) = received
+        return whole
+    where = NamedSharding(held.sharding.mesh, held.piece_spec)
+    return jax.make_array_from_single_device_arrays(_shape(piece), where, received)
+
+
+class Writers:
+    """The programs that write groups of pieces into their arrays, as a context.
+
+    Threads compile them while files are read. One after the other, each when it is first needed, they
+    hold an import up for seconds.
+    """
+
+    def __init__(self, groups: Sequence[Group], ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._pool = ThreadPoolExecutor(COMPILERS)
+        self._compiled: dict[Any, Future[Any]] = {}
+        for group in groups:
+            if (program := _program(group)) not in self._compiled:
+                self._compiled[program] = self._pool.submit(_compile, group, ranks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def write(self, array: Array, pieces: Sequence[Array], group: Group) -> Array:
+        """`array` with the pieces of `group` in their places; the array that is given is used up."""
+        self._compiled[_program(group)].result()
+        return _writer_of(group, self._ranks)(array, tuple(pieces), _places(group))
+
+
+def _program(group: Group) -> tuple[Any, ...]:
+    """What groups that the same program writes have in common."""
+    held = group[0].held
+    array = (held.shape, held.array.leaf, held.array.spec, _dtype(held))
+    return *array, group[0].shape, held.piece_spec, held.dtype, len(group)
+
+
+def _compile(group: Group, ranks: Ranks) -> None:
+    lowered(group, ranks).compile()
+
+
+def lowered(group: Group, ranks: Ranks) -> "jax.stages.Lowered":
+    """The program of a group, for arrays where `empty_arrays` and `joined` put them.
+
+    JAX keeps what is compiled from it for calls with such arrays.
+    """
+    held = group[0].held
+    sharding = held.sharding
+    where = None if sharding is None else NamedSharding(sharding.mesh, held.piece_spec)
+    array = jax.ShapeDtypeStruct(held.shape, _dtype(held), sharding=sharding)
+    piece = jax.ShapeDtypeStruct(_shape(group[0]), held.dtype, sharding=where)
+    return _writer_of(group, ranks).lower(array, (piece,) * len(group), _places(group))
+
+
+def _places(group: Group) -> np.ndarray:
+    """(layer, row) of each piece, or (row,) where layers are not stacked."""
+    stacked = bool(group[0].held.array.weight.stack)
+    places = [(piece.layer, piece.row) if stacked else (piece.row,) for piece in group]
+    return np.asarray(places, np.int32)
+
+
+def _shape(piece: Piece) -> tuple[int, ...]:
+    """Of a piece on all its devices."""
+    held = piece.held
+    axis, parts = held.piece_spec[1], 1
+    if held.sharding is not None and isinstance(axis, str):
+        parts = held.sharding.mesh.shape[axis]
+    return (piece.layers, parts * piece.rows, *held.row_shape)
+
+
+def _dtype(held: Held) -> Any:
+    own = {"values": jnp.int4, "scale": jnp.bfloat16}.get(held.array.leaf)
+    return own or DTYPES[held.array.weight.storage]
+
+
+@cache
+def _zeros(
+    arrays: tuple[tuple[str, tuple[int, ...], Any, NamedSharding | None], ...],
+) -> Callable[[], dict[str, Array]]:
+    return jax.jit(
+        lambda: {path: jnp.zeros(shape, dtype) for path, shape, dtype, _ in arrays},
+        out_shardings={path: sharding for path, _, _, sharding in arrays},
+    )
+
+
+def _writer_of(group: Group, ranks: Ranks) -> "jax.stages.Wrapped":
+    held = group[0].held
+    stacked = bool(held.array.weight.stack)
+    return _writer(held.array.leaf, stacked, held.array.spec, held.piece_spec, ranks)
+
+
+@cache
+def _writer(
+    leaf: Leaf, stacked: bool, spec: PartitionSpec, piece_spec: PartitionSpec, ranks: Ranks
+) -> "jax.stages.Wrapped":
+    """`(array, pieces, (layer, row) of each) -> array`, in place: each device writes its own pieces."""
+
+    def write(array: Array, pieces: tuple[Array, ...], places: Array) -> Array:
+        for number, piece in enumerate(pieces):
+            if leaf == "values":
+                piece = words_to_int4(piece)
+            elif leaf == "scale":
+                piece = jnp.swapaxes(piece, -1, -2)
+            piece = piece.astype(array.dtype) if stacked else piece[0].astype(array.dtype)
+            place = [places[number, axis] for axis in range(places.shape[1])]
+            start = [*place, *[0] * (array.ndim - len(place))]
+            array = jax.lax.dynamic_update_slice(array, piece, start)
+        return array
+
+    placed = ranks.run(write, (spec, piece_spec, REPLICATED), spec)
+    return jax.jit(placed, donate_argnums=0)

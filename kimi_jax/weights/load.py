@@ -7,7 +7,7 @@ another. Packed experts stay packed: their words are reinterpreted on the device
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ BUFFERS = 8  # pieces that are between file and device
 PIECE_BYTES = 32 << 20  # of a buffer, if a single row is not larger
 SHARE_BYTES = 4 << 20  # what a thread reads at once: several fill a buffer
 TOGETHER = 4  # pieces that one program writes
+AHEAD = 2 * BUFFERS  # readings that may be on the devices while an earlier one is still being read
 
 _GLANCE = 0.0003  # seconds to wait for files while transfers are on their way
 
@@ -57,6 +58,14 @@ class _Reading(NamedTuple):
         return [check for layer in layers for check in layer[first : first + piece.rows]]
 
 
+class _InHand(NamedTuple):
+    """A reading that is being read, which of all it is, and what the files will say of its shapes."""
+
+    place: int
+    reading: _Reading
+    shapes: list[np.ndarray]
+
+
 def load_base(
     checkpoint: Checkpoint,
     progress: Callable[[int, int], None] | None = None,
@@ -69,7 +78,7 @@ def load_base(
 
     Args:
         checkpoint: already matched with its config.
-        progress: called with bytes that this process has read so far, and that it reads in all.
+        progress: called with bytes that this process has read and placed so far, and that it reads in all.
         ranks: the devices. If one rank is alone, the arrays are rank 0's parts.
 
     Raises:
@@ -121,9 +130,9 @@ def _sent(
     files: Files, readings: Sequence[_Reading]
 ) -> Generator[tuple[_Reading, list[Array]], None, None]:
     """Every reading as soon as it is on its way to its devices, nearly in order."""
-    waiting = deque(readings)
+    waiting = deque(enumerate(readings))
     largest = max(reading.piece.nbytes for reading in readings)
-    in_hand: dict[int, tuple[_Reading, list[np.ndarray]]] = {}  # by the buffer that it is read into
+    in_hand: dict[int, _InHand] = {}  # by the buffer that it is read into, the oldest first
     leaving: deque[tuple[int, list[Array]]] = deque()
     with (
         host_buffers(min(BUFFERS, len(readings)), largest) as buffers,
@@ -134,26 +143,34 @@ def _sent(
             while waiting or in_hand:
                 while leaving and _arrived(leaving[0][1]):
                     free.append(leaving.popleft()[0])
-                while waiting and free:
-                    number, reading = free.pop(), waiting.popleft()
+                while waiting and free and waiting[0][0] <= _oldest(in_hand, waiting) + AHEAD:
+                    number, (place, reading) = free.pop(), waiting.popleft()
                     shapes = [np.empty(2, FILE_DTYPES[entry.dtype]) for _, entry in reading.checks]
-                    in_hand[number] = reading, shapes
+                    in_hand[number] = _InHand(place, reading, shapes)
                     spans = _spans(reading, buffers[number], shapes)
                     readers.start(number, shares(spans, SHARE_BYTES))
                 if not in_hand:
                     jax.block_until_ready(leaving[0][1])
                     continue
                 for number in readers.finished(_GLANCE if leaving and waiting else None):
-                    reading, shapes = in_hand.pop(number)
+                    _, reading, shapes = in_hand.pop(number)
                     _check(reading, shapes)
                     piece = reading.piece
                     view = buffers[number][: piece.nbytes]
                     view = view.view(piece.held.dtype).reshape(piece.shape)
-                    copies = [copy_to(view, device) for device in reading.devices or (None,)]
-                    leaving.append((number, copies))
+                    copies: list[Array] = []
+                    leaving.append(
+                        (number, copies)
+                    )  # first: the buffer stays while any copy is made
+                    for device in reading.devices or (None,):
+                        copies.append(copy_to(view, device))
                     yield reading, copies
         finally:  # a buffer must not go while a device reads it
             jax.block_until_ready([copies for _, copies in leaving])
+
+
+def _oldest(in_hand: Mapping[int, _InHand], waiting: Sequence[tuple[int, _Reading]]) -> int:
+    return next(iter(in_hand.values())).place if in_hand else waiting[0][0]
 
 
 def _arrived(copies: Sequence[Array]) -> bool:
@@ -174,6 +191,7 @@ def _spans(reading: _Reading, buffer: np.ndarray, shapes: Sequence[np.ndarray]) 
         else:
             wanted = [(layer[0], first * held.row_bytes, piece.rows * held.row_bytes)]
         for entry, begin, count in wanted:
+            assert begin + count <= entry.nbytes
             spans.append(Span(entry.file, entry.offset + begin, (buffer[end : end + count],)))
             end += count
     assert end == piece.nbytes

@@ -8,11 +8,13 @@ served by one reading.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kimi_jax.errors import UserError
 from kimi_jax.model.layout import BaseArray, Leaf, base_arrays
 from kimi_jax.parallel.ranks import Ranks
 from kimi_jax.parallel.sharding import local_shape
@@ -99,7 +101,7 @@ def held_arrays(checkpoint: Checkpoint, ranks: Ranks) -> list[Held]:
     """Every array of the base, in the order of the table.
 
     Raises:
-        UserError: a dimension that cannot be divided over the ranks.
+        UserError: a dimension that cannot be divided over the ranks, an array whose tensors differ in dtype.
     """
     found: dict[tuple[str, Part], dict[int, list[str]]] = {}
     for tensor in checkpoint.tensors.values():
@@ -135,23 +137,9 @@ def in_file_order(arrays: Sequence[Held], at_most: int) -> list[Piece]:
 
 def neighbours(pieces: Sequence[Piece], at_most: int) -> list[list[Piece]]:
     """Pieces that follow each other in a layer of an array, at most so many together, equal in shape."""
-    runs: list[list[Piece]] = []
-    for piece in pieces:
-        last = runs[-1][-1] if runs else None
-        if (
-            last
-            and last.held is piece.held
-            and (last.layer, last.shape)
-            == (
-                piece.layer,
-                piece.shape,
-            )
-        ):
-            runs[-1].append(piece)
-        else:
-            runs.append([piece])
     groups = []
-    for run in runs:
+    for _, alike in groupby(pieces, lambda piece: (id(piece.held), piece.layer, piece.shape)):
+        run = list(alike)
         size = _equal_parts(len(run), at_most)
         groups += [run[begin : begin + size] for begin in range(0, len(run), size)]
     return groups
@@ -190,12 +178,26 @@ def _held(
             [(name, checkpoint.entries[name]) for name in by_layer[n]] for n in sorted(by_layer)
         ]
 
+    tensors = entries(_PART[array.leaf])
+    _check_dtypes(tensors)
     return Held(
         array,
         local if sharding is None else array.shape,
         sharding,
-        [[entry for _, entry in layer] for layer in entries(_PART[array.leaf])],
+        [[entry for _, entry in layer] for layer in tensors],
         entries("shape") if array.leaf == "values" else [],
         dict(sorted(parts.items())),
         local[rows_at],
     )
+
+
+def _check_dtypes(tensors: Sequence[Sequence[tuple[str, Entry]]]) -> None:
+    """Pieces are read as bytes of one dtype."""
+    first, expected = tensors[0][0]
+    for layer in tensors:
+        for name, entry in layer:
+            if entry.dtype != expected.dtype:
+                raise UserError(
+                    f"{name} is {entry.dtype}, but {first} is {expected.dtype}; the same weight must have "
+                    "one dtype in all layers. Convert either."
+                )

@@ -52,6 +52,9 @@ class Writers:
         self._compiled: dict[Any, Future[Any]] = {}
         for group in groups:
             if (program := _program(group)) not in self._compiled:
+                _writer_of(
+                    group, ranks
+                )  # here: two threads would make two, and JAX keeps programs by these
                 self._compiled[program] = self._pool.submit(_compile, group, ranks)
 
     def __enter__(self) -> Self:

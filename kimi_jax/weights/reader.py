@@ -35,6 +35,7 @@ DTYPES: dict[str, Any] = {
     "I64": np.int64,
     "BOOL": np.bool_,
 }
+_ARRAYS_AT_ONCE = 1024  # of one system call: IOV_MAX of Linux
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
 
@@ -74,7 +75,7 @@ class Files:
         missing = sum(array.nbytes for array in into)
         while missing:
             try:
-                count = os.preadv(self.descriptors[file], left, offset)
+                count = os.preadv(self.descriptors[file], left[:_ARRAYS_AT_ONCE], offset)
             except OSError as error:
                 raise UserError(f"{file}: cannot be read: {error.strerror}") from error
             if count == 0:
@@ -96,9 +97,19 @@ def _without(arrays: Sequence[memoryview | np.ndarray], count: int) -> list[memo
 
 @contextmanager
 def open_files(paths: Iterable[Path]) -> Iterator[Files]:
-    """Opens files for reading as long as the block runs."""
+    """Opens files for reading as long as the block runs.
+
+    Raises:
+        UserError: a file that cannot be opened.
+    """
     with ExitStack() as stack:
-        yield Files({path: stack.enter_context(path.open("rb")).fileno() for path in paths})
+        descriptors = {}
+        for path in paths:
+            try:
+                descriptors[path] = stack.enter_context(path.open("rb")).fileno()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be opened: {error.strerror}") from error
+        yield Files(descriptors)
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:

@@ -75,8 +75,12 @@ class Readers:
         self._threads = [Thread(target=self._read, daemon=True) for _ in range(count)]
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # a limit of the system: those that run would wait for ever
+            self._end()
+            raise
         return self
 
     def __exit__(
@@ -85,13 +89,17 @@ class Readers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         with suppress(Empty):  # after an error nobody wants what has not been begun
             while True:
                 self._wanted.get_nowait()
         for _ in self._threads:
             self._wanted.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
 
     def start(self, tag: int, spans: Sequence[Sequence[Span]]) -> None:
         """Has spans read, by a thread for each sequence of them. Nothing else is outstanding for the tag."""

@@ -19,7 +19,7 @@ def _the_base_is_not_read(monkeypatch):
     def fail(*_):
         raise AssertionError("the base was read")
 
-    monkeypatch.setattr(load, "_read", fail)
+    monkeypatch.setattr(load, "_sent", fail)
 
 
 @pytest.fixture

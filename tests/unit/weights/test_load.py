@@ -1,7 +1,9 @@
 """Onto eight devices as onto one, bit for bit, with bounded memory and nothing read twice."""
 
+import threading
 from contextlib import contextmanager
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -199,6 +201,63 @@ def test_a_buffer_waits_for_its_device(checkpoint, on_one, monkeypatch):
                     files.read(*span)
             assert each.found.tobytes() == buffer.tobytes(), piece.held.array.path
     assert sum(len(group) for group, _ in placed) == len(late)
+
+
+@pytest.mark.parametrize("expert", [1, 8])
+def test_a_reading_that_stalls_holds_the_others_up(checkpoint, monkeypatch, expert):
+    """What is sent and cannot be placed takes memory of the devices."""
+    monkeypatch.setattr(load, "PIECE_BYTES", SMALL_PIECE)
+    monkeypatch.setattr(load, "BUFFERS", 3)
+    monkeypatch.setattr(load, "AHEAD", 6)
+    real, first, go_on, sent = (Files.read, load.copy_to), [], threading.Event(), []
+
+    def read(self, file, offset, into):
+        if not first:
+            first.append(offset)
+            go_on.wait(20)
+        real[0](self, file, offset, into)
+
+    def copy(view, device):
+        sent.append(view.nbytes)
+        return real[1](view, device)
+
+    monkeypatch.setattr(Files, "read", read)
+    monkeypatch.setattr(load, "copy_to", copy)
+    seen = []
+    threading.Timer(1.5, lambda: (seen.append(len(sent)), go_on.set())).start()
+    ranks = load.ONE_DEVICE if expert == 1 else Ranks(expert, 1, make_mesh(expert))
+    load_base(checkpoint, ranks=ranks)
+    copies = 1 if expert == 1 else 8  # of what every device holds
+    assert 0 < seen[0] <= 6 * copies < len(sent)
+
+
+def test_a_weight_of_two_dtypes_is_refused(tmp_path):
+    directory = tmp_path / "checkpoint"
+    write_tiny_checkpoint(directory, num_hidden_layers=4)
+    name = "model.layers.3.mlp.gate.e_score_correction_bias"
+
+    def change(tensors):
+        tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+
+    change_shard(directory, change)
+    with pytest.raises(UserError, match=f"{name} is BF16, but .*layers.1.* is F32"):
+        load_base(open_checkpoint(directory))
+
+
+def test_arrays_are_what_the_files_hold(checkpoint, monkeypatch):
+    """Against the tensors themselves, read one by one; packed ones have tests of their own."""
+    monkeypatch.setattr(load, "PIECE_BYTES", SMALL_PIECE)
+    monkeypatch.setattr(load, "SHARE_BYTES", 700)
+    base = load_base(checkpoint)
+    for held in held_arrays(checkpoint, Ranks()):
+        if held.array.leaf != "values":
+            layers = [[entry.read() for entry in layer] for layer in held.tensors]
+            found = np.stack([np.stack(layer) if held.by_expert else layer[0] for layer in layers])
+            if held.array.leaf == "scale":
+                found = np.swapaxes(found, -1, -2)
+            value = np.asarray(base[held.array.path])
+            found = found if held.array.weight.stack else found[0]
+            assert (value == found.astype(value.dtype)).all(), held.array.path
 
 
 def test_a_file_that_has_become_shorter(checkpoint, tmp_path):

@@ -60,6 +60,7 @@ def test_each_program_is_compiled_once_and_not_by_who_waits(checkpoint, monkeypa
     monkeypatch.setattr(load, "PIECE_BYTES", SMALL_PIECE)
     ranks = ONE_DEVICE if expert == 1 else Ranks(expert, 1, make_mesh(expert))
     jax.clear_caches()
+    placing._writer.cache_clear()
     compiled = []
 
     def heard(event, duration, **_):

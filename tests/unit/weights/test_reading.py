@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kimi_jax.errors import UserError
-from kimi_jax.weights.reader import open_files
+from kimi_jax.weights.reader import Files, open_files
 from kimi_jax.weights.reading import Readers, Span, host_buffers, shares
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 10_000, np.uint8)
@@ -64,18 +64,43 @@ def test_a_system_that_reads_less_than_was_asked(file, monkeypatch):
     def some(descriptor, into, offset):
         views = [memoryview(array) for array in into]
         asked.append(sum(view.nbytes for view in views))
-        if asked[-1] > 70:
-            views = [views[0][:70]] if views[0].nbytes > 70 else views[:1]
-        return real(descriptor, views, offset)
+        left, allowed = 70, []  # often in the midst of the second array or a later one
+        for view in views:
+            allowed.append(view[:left])
+            left -= allowed[-1].nbytes
+        return real(descriptor, [view for view in allowed if view.nbytes], offset)
 
     monkeypatch.setattr(os, "preadv", some)
-    spans = spans_of(file, RANGES)
+    ranges = [*RANGES, *[(n, n + 30) for n in range(8_000, 9_000, 30)]]
+    spans = spans_of(file, ranges)
     with open_files([file]) as files:
         for share in shares(spans, 1_000):
             for path, offset, into in share:
                 files.read(path, offset, into)
     assert len(asked) > 3_809 / 70
-    assert_filled(spans, RANGES)
+    assert_filled(spans, ranges)
+
+
+def test_more_arrays_than_one_system_call_takes(file):
+    ranges = [(n, n + 2) for n in range(0, 6_000, 2)]
+    spans = spans_of(file, ranges)
+    (share,) = shares(spans, 1 << 20)
+    assert len(share) == 1
+    with open_files([file]) as files:
+        files.read(*share[0])
+    assert_filled(spans, ranges)
+
+
+def test_where_one_file_ends_another_does_not_go_on(file, tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(CONTENT[::-1].tobytes())
+    spans = [*spans_of(file, [(0, 100)]), *spans_of(other, [(100, 200)])]
+    (share,) = shares(spans, 1_000)
+    with open_files([file, other]) as files:
+        for span in share:
+            files.read(*span)
+    assert (spans[0].into[0] == CONTENT[:100]).all()
+    assert (spans[1].into[0] == CONTENT[::-1][100:200]).all()
 
 
 def test_tags_are_told_apart_and_may_be_used_again(file):
@@ -98,12 +123,13 @@ def test_waiting_ends_after_its_time(file):
 
 
 def test_an_error_reaches_who_waits_and_no_thread_stays(file):
-    before = threading.active_count()
+    made = []
     spans = spans_of(file, [(n, n + 10) for n in range(0, 9_000, 10)])
     beyond = Span(file, CONTENT.size - 5, (np.zeros(10, np.uint8),))
 
     def run():
         with open_files([file]) as files, Readers(files, 2) as readers:
+            made.append(readers)
             readers.start(0, shares([beyond], 100))
             readers.start(1, shares(spans, 1))
             while True:
@@ -111,7 +137,53 @@ def test_an_error_reaches_who_waits_and_no_thread_stays(file):
 
     with pytest.raises(UserError, match="has become shorter while it was being read"):
         run()
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in made[0]._threads)
+
+
+def test_the_readers_end_only_when_nothing_is_read_any_more(file, monkeypatch):
+    """What they read into may be gone afterwards."""
+    real, begun, go_on = Files.read, threading.Event(), threading.Event()
+
+    def slow(self, path, offset, into):
+        begun.set()
+        go_on.wait(10)
+        real(self, path, offset, into)
+
+    monkeypatch.setattr(Files, "read", slow)
+    spans = spans_of(file, RANGES[:1])
+    with open_files([file]) as files:
+        with Readers(files, 2) as readers:
+            readers.start(0, shares(spans, 1_000))
+            begun.wait(10)
+            threading.Timer(0.05, go_on.set).start()
+        assert not any(thread.is_alive() for thread in readers._threads)
+    assert_filled(spans, RANGES[:1])
+
+
+def test_threads_that_the_system_refuses(file, monkeypatch):
+    real, started = threading.Thread.start, []
+
+    def start(self):
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        real(self)
+
+    with open_files([file]) as files:
+        readers = Readers(files, 5)
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="new thread"), readers:
+            pass
+    assert len(started) == 3
+    assert not any(thread.is_alive() for thread in started)
+
+
+def test_a_file_that_is_gone(tmp_path):
+    with (
+        pytest.raises(UserError, match="gone: cannot be opened: No such file"),
+        open_files([tmp_path / "gone"]),
+    ):
+        pass
 
 
 def test_buffers_are_whole_pages_apart_from_each_other():

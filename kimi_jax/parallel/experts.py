@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.kernels.recall import recalled
 from kimi_jax.kernels.token_movement import (
     Order,
+    add_window,
     combine,
     combine_window,
     dispatch,
@@ -114,28 +115,36 @@ def _one_pass(
 
     Also what comes back as `known` where the same pass is differentiated: its rows, and `kept`.
     """
-    trained, frozen, x_ND, weights_NK, order = operands
-    k = weights_NK.shape[1]
+    order, k = operands.order, operands.weights.shape[1]
+    rows_known, compute_known = known or (None, None)
 
     def gather(x_ND: Array) -> Array:
         return dispatch_window(x_ND, order, k, start, capacity)
 
-    rows_known, compute_known = known or (None, None)
-    rows_CD = gather(x_ND) if known is None else recalled(gather, rows_known, x_ND)
-    weights_C = dispatch_window(weights_NK.reshape(-1, 1), order, 1, start, capacity)[:, 0]
-    sizes = window_sizes(order.group_sizes, start, capacity)
-    y_CD, kept = compute(trained, frozen, rows_CD, weights_C, sizes, compute_known)
+    rows_CD = gather(operands.x) if known is None else recalled(gather, rows_known, operands.x)
+    y_CD, kept = _computed(compute, operands, rows_CD, start, compute_known)
     return combine_window(y_CD, order, k, start), (rows_CD, kept)
 
 
+def _computed(
+    compute: Compute, operands: Operands, rows_CD: Array, start: Array, known: Any = None
+) -> tuple[Array, Any]:
+    """The experts of the rows of a pass, and `kept`."""
+    trained, frozen, _, weights_NK, order = operands
+    capacity = rows_CD.shape[0]
+    weights_C = dispatch_window(weights_NK.reshape(-1, 1), order, 1, start, capacity)[:, 0]
+    sizes = window_sizes(order.group_sizes, start, capacity)
+    return compute(trained, frozen, rows_CD, weights_C, sizes, known)
+
+
 def _with_further_passes(
-    first: Any, one_pass: Callable[[Array], Any], capacity: int, total: Array
+    first: Any, add: Callable[[Any, Array], Any], capacity: int, total: Array
 ) -> Any:
-    """first + one_pass(capacity) + one_pass(2 · capacity) + … below `total`, as many as there are."""
+    """`first`, and what passes from `capacity`, 2 · `capacity`, … below `total`, if any, add to it."""
 
     def more(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         start, summed = carry
-        return start + capacity, jax.tree.map(jnp.add, summed, one_pass(start))
+        return start + capacity, add(summed, start)
 
     start = jnp.asarray(capacity, total.dtype)
     return jax.lax.while_loop(lambda carry: carry[0] < total, more, (start, first))[1]
@@ -144,30 +153,46 @@ def _with_further_passes(
 def _in_passes_forward(
     compute: Compute, capacity: int, operands: Operands
 ) -> tuple[Array, tuple[Operands, Any]]:
-    total = operands.order.group_sizes.sum()
+    order, k = operands.order, operands.weights.shape[1]
+    total = order.group_sizes.sum()
     first, kept = _one_pass(compute, capacity, operands, jnp.zeros_like(total))
 
-    def one_pass(start: Array) -> Array:
-        return _one_pass(compute, capacity, operands, start)[0]
+    def add(summed_ND: Array, start: Array) -> Array:
+        rows_CD = dispatch_window(operands.x, order, k, start, capacity)
+        y_CD, _ = _computed(compute, operands, rows_CD, start)
+        return add_window(summed_ND, y_CD, order, k, start)
 
-    return _with_further_passes(first, one_pass, capacity, total), (operands, kept)
+    return _with_further_passes(first, add, capacity, total), (operands, kept)
 
 
 def _in_passes_backward(
     compute: Compute, capacity: int, saved: tuple[Operands, Any], dy_ND: Array
 ) -> tuple[Operands]:
     operands, kept = saved
-    total = operands.order.group_sizes.sum()
+    order, k = operands.order, operands.weights.shape[1]
+    total = order.group_sizes.sum()
 
-    def one_pass(start: Array, known: Any = None) -> Any:
-        def forward(trained: Any, x_ND: Array, weights_NK: Array) -> Array:
-            changed = operands._replace(trained=trained, x=x_ND, weights=weights_NK)
-            return _one_pass(compute, capacity, changed, start, known)[0]
+    def first_pass(trained: Any, x_ND: Array, weights_NK: Array) -> Array:
+        changed = operands._replace(trained=trained, x=x_ND, weights=weights_NK)
+        return _one_pass(compute, capacity, changed, jnp.zeros_like(total), kept)[0]
 
-        return jax.vjp(forward, operands.trained, operands.x, operands.weights)[1](dy_ND)
+    def add(summed: tuple[Any, Array, Array], start: Array) -> tuple[Any, Array, Array]:
+        def further_pass(trained: Any, rows_CD: Array, weights_NK: Array) -> Array:
+            changed = operands._replace(trained=trained, weights=weights_NK)
+            y_CD, _ = _computed(compute, changed, rows_CD, start)
+            return combine_window(y_CD, order, k, start)
 
-    first = one_pass(jnp.zeros_like(total), kept)
-    trained, x, weights = _with_further_passes(first, one_pass, capacity, total)
+        rows_CD = dispatch_window(operands.x, order, k, start, capacity)
+        _, pullback = jax.vjp(further_pass, operands.trained, rows_CD, operands.weights)
+        trained, d_rows_CD, weights = pullback(dy_ND)
+        return (
+            jax.tree.map(jnp.add, summed[0], trained),
+            add_window(summed[1], d_rows_CD, order, k, start),
+            summed[2] + weights,
+        )
+
+    first = jax.vjp(first_pass, operands.trained, operands.x, operands.weights)[1](dy_ND)
+    trained, x, weights = _with_further_passes(first, add, capacity, total)
     return (Operands(trained, None, x, weights, None),)  # pyright: ignore[reportArgumentType]
 
 

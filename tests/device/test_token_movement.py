@@ -56,7 +56,12 @@ def test_windows(case):
             y = jnp.where(ours[:, None], sent, jnp.nan)
             summed, pull_summed = jax.vjp(lambda y, back=back: jax.jit(back)(y, order), y)
             rows, (d_rows,) = sent[: end + CLEARED], pull_summed(x)
-            results.append((rows, summed, *pull_sent(y), d_rows[: end + CLEARED]))
+
+            def add(onto, y, order, impl=impl, start=start):
+                return movement.add_window(onto, y, order, K, start, impl)
+
+            added = jax.jit(add)(x, y, order)
+            results.append((rows, summed, *pull_sent(y), d_rows[: end + CLEARED], added))
         for gathered, moved in zip(*results, strict=True):
             assert bool(jnp.isfinite(moved).all())
             assert bool((gathered == moved).all())

@@ -14,6 +14,7 @@ from tools.kernel_benches.harness import Table, measure, pytorch, seconds
 
 TOKENS, K, WIDTH, EXPERTS = 8192, 8, 7168, 384
 RANKS = 8
+PASSES = 6  # in one program, as in a layer
 BYTES = 2.0 * (TOKENS * K + TOKENS) * WIDTH  # one direction
 CASE = f"{TOKENS * K} assignments"
 
@@ -69,6 +70,31 @@ def bench_window(table: Table) -> None:
         table.add("dispatch", impl, case, sent.time_s, 0, held, None, sent.temporaries)
         back = measure(fetch, sent.result, order.result)
         table.add("combine", impl, case, back.time_s, 0, held, None, back.temporaries)
+        bench_further_pass(table, tokens, order.result, impl)
+
+
+def bench_further_pass(table: Table, tokens: Any, order: Any, impl: Any) -> None:
+    """A window of an eighth, added to what earlier passes made: in place, and as a sum of two arrays."""
+    capacity = TOKENS * K // RANKS
+    rows = jax.random.normal(jax.random.key(2), (capacity, WIDTH), jnp.bfloat16)
+    case = f"{capacity} of {TOKENS * K * RANKS}"
+    touched = 3 * 2.0 * capacity * WIDTH  # as if every row had a token of its own
+
+    def in_place(onto: Any, y: Any, order: Any) -> Any:
+        def more(_: Any, onto: Any) -> Any:
+            return movement.add_window(onto, y, order, K, capacity, impl)
+
+        return jax.lax.fori_loop(0, PASSES, more, onto)
+
+    def apart(onto: Any, y: Any, order: Any) -> Any:
+        def more(_: Any, onto: Any) -> Any:
+            return onto + movement.combine_window(y, order, K, capacity, impl)
+
+        return jax.lax.fori_loop(0, PASSES, more, onto)
+
+    for name, function in (("add a window", in_place), ("combine, add", apart)):
+        found = measure(function, tokens, rows, order)
+        table.add(name, impl, case, found.time_s / PASSES, 0, touched, None, found.temporaries)
 
 
 def bench_torch(table: Table) -> None:

@@ -3,6 +3,7 @@
 from kimi_jax.kernels.token_movement.movement import (
     Implementation,
     Order,
+    add_window,
     combine,
     combine_window,
     dispatch,
@@ -14,6 +15,7 @@ from kimi_jax.kernels.token_movement.movement import (
 __all__ = [
     "Implementation",
     "Order",
+    "add_window",
     "combine",
     "combine_window",
     "dispatch",

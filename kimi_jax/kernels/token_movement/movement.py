@@ -117,6 +117,26 @@ def combine_window(
     return cast(Array, _combine_window(y_CD, order, jnp.int32(start), k, impl))
 
 
+def add_window(
+    onto_TD: Float[Array, "tokens D"],
+    y_CD: Float[Array, "C D"],
+    order: Order,
+    k: int,
+    start: Int[Array, ""] | int,
+    impl: Implementation = "auto",
+) -> Float[Array, "tokens D"]:
+    """`onto` and what `combine_window` sums of the same window, rounded once. It has no derivative.
+
+    The kernel reads and writes only the tokens that have rows in the window, in the memory of `onto`
+    if nobody needs that any more.
+    """
+    begin, total = jnp.int32(start), order.group_sizes.sum()
+    if kernel := _kernel(impl, "sums", y_CD):
+        return kernel.sum_rows(y_CD, order.row, k, begin, total, onto_TD)
+    summed = _fp32_sum_of_k(_rows_of_window(y_CD, order, begin, total), k)
+    return (summed + onto_TD.astype(jnp.float32)).astype(onto_TD.dtype)
+
+
 def window_sizes(
     group_sizes_E: Int[Array, " E"], start: Int[Array, ""] | int, capacity: int
 ) -> Int[Array, " E"]:
@@ -137,8 +157,15 @@ def _rows_or_zeros(values: Array, places: Array, exists: Array) -> Array:
     return values.at[jnp.where(exists, places, values.shape[0])].get(mode="fill", fill_value=0)
 
 
-def _sum_of_k(rows: Array, k: int, dtype: jnp.dtype) -> Array:
-    return rows.reshape(-1, k, rows.shape[-1]).astype(jnp.float32).sum(axis=1).astype(dtype)
+def _rows_of_window(y_CD: Array, order: Order, start: Array, total: Array) -> Array:
+    """[A, D]: each assignment's row, zeros for one that is not in the window or not ours."""
+    place = order.row - start
+    inside = (place >= 0) & (place < jnp.minimum(y_CD.shape[0], total - start))
+    return _rows_or_zeros(y_CD, place, inside)
+
+
+def _fp32_sum_of_k(rows: Array, k: int) -> Array:
+    return rows.reshape(-1, k, rows.shape[-1]).astype(jnp.float32).sum(axis=1)
 
 
 def _kernel(impl: Implementation, name: Literal["scatter", "sums"], rows: Array) -> Any:
@@ -170,7 +197,7 @@ def _dispatch(x_TD: Array, order: Order, k: int, impl: Implementation) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _combine(y_AD: Array, order: Order, k: int, impl: Implementation) -> Array:
     del impl
-    return _sum_of_k(_rows_of(y_AD, order.row), k, y_AD.dtype)
+    return _fp32_sum_of_k(_rows_of(y_AD, order.row), k).astype(y_AD.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -191,9 +218,7 @@ def _combine_window(y_CD: Array, order: Order, start: Array, k: int, impl: Imple
     total = order.group_sizes.sum()
     if kernel := _kernel(impl, "sums", y_CD):
         return kernel.sum_rows(y_CD, order.row, k, start, total)
-    place = order.row - start
-    inside = (place >= 0) & (place < jnp.minimum(y_CD.shape[0], total - start))
-    return _sum_of_k(_rows_or_zeros(y_CD, place, inside), k, y_CD.dtype)
+    return _fp32_sum_of_k(_rows_of_window(y_CD, order, start, total), k).astype(y_CD.dtype)
 
 
 def _dispatch_forward(

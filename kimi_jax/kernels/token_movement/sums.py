@@ -1,9 +1,12 @@
 """Each token's rows of a window summed on Hopper: `combine_window` reads the rows that are there.
 
 A gather would read some row for every assignment, though most of them stand in other devices'
-windows. Sums are fp32, in the order of a token's assignments.
+windows. Sums are fp32, in the order of a token's assignments. `add_window` adds them in place, and
+leaves alone the tokens that have no row in the window.
 """
 
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import jax
@@ -33,6 +36,7 @@ def sum_rows(
     k: int,
     start: Int[Array, ""],
     total: Int[Array, ""],
+    onto_TD: BFloat16[Array, "tokens D"] | None = None,
     interpret: bool = False,
 ) -> BFloat16[Array, "tokens D"]:
     """out[t] = Σ over j of y[row[t · k + j] - start], where that is a row of y and row < total.
@@ -43,6 +47,7 @@ def sum_rows(
         k: assignments of a token.
         start: of the window.
         total: rows at or beyond this one are nobody's.
+        onto_TD: what the sums are added to, in its own memory if nobody else needs it; none: zeros.
         interpret: run on the CPU.
     """
     capacity, width = y_CD.shape
@@ -54,6 +59,9 @@ def sum_rows(
         block = lax.axis_index("block")
         first, end = bounds[0], bounds[1]
 
+        def load(row: Any) -> Any:
+            return plgpu.load(row, layout=layout, optimized=False).astype(jnp.float32)
+
         def token_of(n: Any) -> Any:
             return block + n * blocks
 
@@ -64,15 +72,27 @@ def sum_rows(
             # The next token's, asked for a token ahead: this one's rows are waited for meanwhile.
             following = rows_of(jnp.minimum(n + 1, mine - 1))
             places = [place - first for place in rows]
-            total = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
-            for place in places:
+            inside = [(place >= 0) & (place < end) for place in places]
 
-                def add(total: Any, place: Any = place) -> Any:
-                    found = plgpu.load(y.at[place], layout=layout, optimized=False)
-                    return total + found.astype(jnp.float32)
+            def summed() -> Any:
+                total = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
+                for place, here in zip(places, inside, strict=True):
 
-                total = lax.cond((place >= 0) & (place < end), add, lambda total: total, total)
-            out[token_of(n)] = total.astype(jnp.bfloat16)
+                    def add(total: Any, place: Any = place) -> Any:
+                        return total + load(y.at[place])
+
+                    total = lax.cond(here, add, lambda total: total, total)
+                return total
+
+            if onto_TD is None:
+                out[token_of(n)] = summed().astype(jnp.bfloat16)
+            else:
+
+                @pl.when(reduce(or_, inside))
+                def _() -> None:
+                    total = summed() + load(out.at[token_of(n)])
+                    out[token_of(n)] = total.astype(jnp.bfloat16)
+
             return following
 
         mine = lax.div(tokens - block + (blocks - 1), jnp.int32(blocks))
@@ -84,15 +104,20 @@ def sum_rows(
     end = jnp.clip(total - start, 0, capacity)
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((tokens, width), y_CD.dtype),
+        out_type=jax.ShapeDtypeStruct((tokens, width), y_CD.dtype) if onto_TD is None else (),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=1,
         thread_name="warpgroup",
-        kernel_name="sum_rows",
+        kernel_name="sum_rows" if onto_TD is None else "add_rows",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    moved = y_CD.nbytes * (1 + tokens / capacity)
     bounds = jnp.stack([start, end]).astype(jnp.int32)
-    return expected(kernel, moved=moved)(y_CD, row_A, bounds)
+    if onto_TD is None:
+        return expected(kernel, moved=y_CD.nbytes * (1 + tokens / capacity))(y_CD, row_A, bounds)
+    out = jax.new_ref(onto_TD)
+    expected(kernel, moved=3 * y_CD.nbytes)(
+        y_CD, row_A, bounds, out
+    )  # at most a token for each row
+    return jax.freeze(out)

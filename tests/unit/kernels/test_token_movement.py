@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kimi_jax.kernels.token_movement import (
+    add_window,
     combine,
     combine_window,
     dispatch,
@@ -129,6 +130,19 @@ def test_windows_make_the_whole(local_order, rows):
     summed = np.zeros((TOKENS, WIDTH))
     np.add.at(summed, local_tokens(), y[:11])
     np.testing.assert_allclose(back, summed, rtol=1e-5, atol=1e-6)
+    added = jnp.asarray(x)
+    for s in STARTS:
+        added = add_window(added, jnp.asarray(y[s : s + CAPACITY]), local_order, K, s)
+    np.testing.assert_allclose(added, x + summed, rtol=1e-5, atol=1e-6)
+
+
+def test_adding_a_window_rounds_once(local_order, rows):
+    """In bf16: not the sum of a rounded sum."""
+    onto, y = (jnp.asarray(value, jnp.bfloat16) for value in (rows[0], rows[1][:CAPACITY]))
+    exact = combine_window(y.astype(jnp.float32), local_order, K, 0) + onto.astype(jnp.float32)
+    found = add_window(onto, y, local_order, K, 0)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
 
 
 def test_windows_of_everything_are_the_full_functions(order, rows):

@@ -66,6 +66,23 @@ def test_sums(order, start, capacity):
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize(("start", "capacity"), [(2, TOKENS * K), (1, 4), (0, 2)])
+def test_sums_are_added_in_place(order, start, capacity):
+    """The same bits as gathers give; a token without a row in the window keeps its own."""
+    y = jax.random.normal(jax.random.key(0), (capacity, WIDTH), jnp.bfloat16)
+    onto = jax.random.normal(jax.random.key(2), (TOKENS, WIDTH), jnp.bfloat16)
+    total = order.group_sizes.sum()
+    y = jnp.where((jnp.arange(capacity) < total - start)[:, None], y, jnp.nan)
+    place = np.asarray(order.row).reshape(TOKENS, K) - start
+    there = ((place >= 0) & (place < min(capacity, int(total) - start))).any(axis=1)
+    assert there.any()
+    onto = onto.at[0, 0].set(jnp.bfloat16(-0.0))
+    found = sums.sum_rows(y, order.row, K, jnp.int32(start), total, onto, interpret=True)
+    wanted = movement.add_window(onto, y, order, K, start, impl="gather")
+    np.testing.assert_array_equal(found, wanted)
+    assert (np.asarray(found)[~there].tobytes()) == np.asarray(onto)[~there].tobytes()
+
+
 @pytest.mark.parametrize("width", [1024, 100])
 def test_auto_is_the_kernel_on_hopper(order, width):
     """For rows that it takes; named, it raises for others."""

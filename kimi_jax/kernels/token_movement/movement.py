@@ -125,11 +125,12 @@ def add_window(
     start: Int[Array, ""] | int,
     impl: Implementation = "auto",
 ) -> Float[Array, "tokens D"]:
-    """`onto` and what `combine_window` sums of the same window, rounded once. It has no derivative.
+    """`onto` and what `combine_window` sums of the same window, rounded once; of one dtype.
 
-    The kernel reads and writes only the tokens that have rows in the window, in the memory of `onto`
-    if nobody needs that any more.
+    Not to be differentiated: the kernel cannot be. It reads and writes only the tokens that have rows in
+    the window, in the memory of `onto` if nobody needs that any more.
     """
+    assert onto_TD.dtype == y_CD.dtype
     begin, total = jnp.int32(start), order.group_sizes.sum()
     if kernel := _kernel(impl, "sums", y_CD):
         return kernel.sum_rows(y_CD, order.row, k, begin, total, onto_TD)

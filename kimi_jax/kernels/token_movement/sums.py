@@ -5,7 +5,7 @@ windows. Sums are fp32, in the order of a token's assignments. `add_window` adds
 leaves alone the tokens that have no row in the window.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import Any
 
@@ -53,67 +53,19 @@ def sum_rows(
     capacity, width = y_CD.shape
     tokens = row_A.shape[0] // k
     blocks = 2 if interpret else BLOCKS
-    layout: Any = plgpu.Layout.WG_STRIDED((width,), vec_size=VECTOR)
-
-    def body(y: Any, row: Any, bounds: Any, out: Any) -> None:
-        block = lax.axis_index("block")
-        first, end = bounds[0], bounds[1]
-
-        def load(row: Any) -> Any:
-            return plgpu.load(row, layout=layout, optimized=False).astype(jnp.float32)
-
-        def token_of(n: Any) -> Any:
-            return block + n * blocks
-
-        def rows_of(n: Any) -> tuple[Any, ...]:
-            return tuple(row[token_of(n) * k + j] for j in range(k))
-
-        def one(n: Any, rows: tuple[Any, ...]) -> tuple[Any, ...]:
-            # The next token's, asked for a token ahead: this one's rows are waited for meanwhile.
-            following = rows_of(jnp.minimum(n + 1, mine - 1))
-            places = [place - first for place in rows]
-            inside = [(place >= 0) & (place < end) for place in places]
-
-            def summed() -> Any:
-                total = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
-                for place, here in zip(places, inside, strict=True):
-
-                    def add(total: Any, place: Any = place) -> Any:
-                        return total + load(y.at[place])
-
-                    total = lax.cond(here, add, lambda total: total, total)
-                return total
-
-            if onto_TD is None:
-                out[token_of(n)] = summed().astype(jnp.bfloat16)
-            else:
-
-                @pl.when(reduce(or_, inside))
-                def _() -> None:
-                    total = summed() + load(out.at[token_of(n)])
-                    out[token_of(n)] = total.astype(jnp.bfloat16)
-
-            return following
-
-        mine = lax.div(tokens - block + (blocks - 1), jnp.int32(blocks))
-
-        @pl.when(mine > 0)
-        def _() -> None:
-            lax.fori_loop(0, mine, one, rows_of(jnp.int32(0)))
-
-    end = jnp.clip(total - start, 0, capacity)
+    adds = onto_TD is not None
     kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((tokens, width), y_CD.dtype) if onto_TD is None else (),
+        partial(_sum_block, k=k, tokens=tokens, blocks=blocks, adds=adds),
+        out_type=() if adds else jax.ShapeDtypeStruct((tokens, width), y_CD.dtype),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=1,
         thread_name="warpgroup",
-        kernel_name="sum_rows" if onto_TD is None else "add_rows",
+        kernel_name="add_rows" if adds else "sum_rows",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    bounds = jnp.stack([start, end]).astype(jnp.int32)
+    bounds = jnp.stack([start, jnp.clip(total - start, 0, capacity)]).astype(jnp.int32)
     if onto_TD is None:
         return expected(kernel, moved=y_CD.nbytes * (1 + tokens / capacity))(y_CD, row_A, bounds)
     out = jax.new_ref(onto_TD)
@@ -121,3 +73,52 @@ def sum_rows(
         y_CD, row_A, bounds, out
     )  # at most a token for each row
     return jax.freeze(out)
+
+
+def _sum_block(
+    y: Any, row: Any, bounds: Any, out: Any, *, k: int, tokens: int, blocks: int, adds: bool
+) -> None:
+    """What one block does: every `blocks`-th token.
+
+    `bounds` are the window's first row and how many there are; `adds`: to what `out` holds.
+    """
+    block, first, end = lax.axis_index("block"), bounds[0], bounds[1]
+    layout: Any = plgpu.Layout.WG_STRIDED((y.shape[1],), vec_size=VECTOR)
+    mine = lax.div(tokens - block + (blocks - 1), jnp.int32(blocks))
+
+    def load(row: Any) -> Any:
+        return plgpu.load(row, layout=layout, optimized=False).astype(jnp.float32)
+
+    def rows_of(n: Any) -> tuple[Any, ...]:
+        return tuple(row[(block + n * blocks) * k + j] for j in range(k))
+
+    def summed(places: list[Any], inside: list[Any]) -> Any:
+        total = plgpu.layout_cast(jnp.zeros((y.shape[1],), jnp.float32), layout)
+        for place, here in zip(places, inside, strict=True):
+
+            def add(total: Any, place: Any = place) -> Any:
+                return total + load(y.at[place])
+
+            total = lax.cond(here, add, lambda total: total, total)
+        return total
+
+    def one(n: Any, rows: tuple[Any, ...]) -> tuple[Any, ...]:
+        # The next token's, asked for a token ahead: this one's rows are waited for meanwhile.
+        following = rows_of(jnp.minimum(n + 1, mine - 1))
+        token = block + n * blocks
+        places = [place - first for place in rows]
+        inside = [(place >= 0) & (place < end) for place in places]
+        if adds:
+
+            @pl.when(reduce(or_, inside))
+            def _() -> None:
+                before = load(out.at[token])  # asked for with the rows, and added last
+                out[token] = (summed(places, inside) + before).astype(jnp.bfloat16)
+
+        else:
+            out[token] = summed(places, inside).astype(jnp.bfloat16)
+        return following
+
+    @pl.when(mine > 0)
+    def _() -> None:
+        lax.fori_loop(0, mine, one, rows_of(jnp.int32(0)))

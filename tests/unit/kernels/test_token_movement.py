@@ -136,13 +136,14 @@ def test_windows_make_the_whole(local_order, rows):
     np.testing.assert_allclose(added, x + summed, rtol=1e-5, atol=1e-6)
 
 
-def test_adding_a_window_rounds_once(local_order, rows):
+def test_adding_a_window_rounds_once(order, rows):
     """In bf16: not the sum of a rounded sum."""
-    onto, y = (jnp.asarray(value, jnp.bfloat16) for value in (rows[0], rows[1][:CAPACITY]))
-    exact = combine_window(y.astype(jnp.float32), local_order, K, 0) + onto.astype(jnp.float32)
-    found = add_window(onto, y, local_order, K, 0)
+    onto, y = (jnp.asarray(value, jnp.bfloat16) for value in rows)
+    exact = combine_window(y.astype(jnp.float32), order, K, 0) + onto.astype(jnp.float32)
+    found = add_window(onto, y, order, K, 0)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+    assert (found != onto + combine_window(y, order, K, 0)).any()
 
 
 def test_windows_of_everything_are_the_full_functions(order, rows):

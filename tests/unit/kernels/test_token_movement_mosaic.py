@@ -1,5 +1,8 @@
 """The Hopper kernels that move tokens in Pallas' interpreter, against gathers."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +86,19 @@ def test_sums_are_added_in_place(order, start, capacity):
     assert (np.asarray(found)[~there].tobytes()) == np.asarray(onto)[~there].tobytes()
 
 
+def test_add_window_asks_the_kernel_for_its_window(order, monkeypatch):
+    y = jax.random.normal(jax.random.key(0), (4, WIDTH), jnp.bfloat16)
+    onto = jax.random.normal(jax.random.key(2), (TOKENS, WIDTH), jnp.bfloat16)
+    wanted = movement.add_window(onto, y, order, K, 2, impl="gather")
+
+    def kernel(impl, name, rows):
+        assert (impl, name, rows.shape) == ("auto", "sums", y.shape)
+        return SimpleNamespace(sum_rows=partial(sums.sum_rows, interpret=True))
+
+    monkeypatch.setattr(movement.movement, "_kernel", kernel)
+    np.testing.assert_array_equal(movement.add_window(onto, y, order, K, 2), wanted)
+
+
 @pytest.mark.parametrize("width", [1024, 100])
 def test_auto_is_the_kernel_on_hopper(order, width):
     """For rows that it takes; named, it raises for others."""
@@ -90,12 +106,13 @@ def test_auto_is_the_kernel_on_hopper(order, width):
 
     def there_and_back(x):
         rows = movement.dispatch_window(x, order, K, 0, 8)
-        return movement.combine_window(rows, order, K, 0)
+        back = movement.combine_window(rows, order, K, 0)
+        return movement.add_window(back, rows, order, K, 0)
 
     with compiling_for("NVIDIA H200"):
         names = str(jax.make_jaxpr(there_and_back)(x))
     taken = width == 1024
-    assert [name in names for name in ("scatter_rows", "sum_rows")] == [taken, taken]
+    assert [name in names for name in ("scatter_rows", "sum_rows", "add_rows")] == [taken] * 3
     if not taken:
         with pytest.raises(UserError, match="required"):
             movement.dispatch(x, order, K, impl="pallas")

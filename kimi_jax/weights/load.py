@@ -32,7 +32,7 @@ BUFFERS = 8  # pieces that are between file and device
 PIECE_BYTES = 32 << 20  # of a buffer, if a single row is not larger
 SHARE_BYTES = 4 << 20  # what a thread reads at once: several fill a buffer
 TOGETHER = 4  # pieces that one program writes
-AHEAD = 2 * BUFFERS  # readings that may be on the devices while an earlier one is still being read
+AHEAD = 2  # readings for each buffer that may be on the devices while an earlier one is still being read
 
 _GLANCE = 0.0003  # seconds to wait for files while transfers are on their way
 
@@ -139,11 +139,12 @@ def _sent(
         Readers(files, READERS) as readers,
     ):
         free = list(range(len(buffers)))  # the last first: it is most likely in the cache
+        ahead = AHEAD * len(buffers)
         try:
             while waiting or in_hand:
                 while leaving and _arrived(leaving[0][1]):
                     free.append(leaving.popleft()[0])
-                while waiting and free and waiting[0][0] <= _oldest(in_hand, waiting) + AHEAD:
+                while waiting and free and waiting[0][0] <= _oldest(in_hand, waiting) + ahead:
                     number, (place, reading) = free.pop(), waiting.popleft()
                     shapes = [np.empty(2, FILE_DTYPES[entry.dtype]) for _, entry in reading.checks]
                     in_hand[number] = _InHand(place, reading, shapes)
@@ -159,9 +160,8 @@ def _sent(
                     view = buffers[number][: piece.nbytes]
                     view = view.view(piece.held.dtype).reshape(piece.shape)
                     copies: list[Array] = []
-                    leaving.append(
-                        (number, copies)
-                    )  # first: the buffer stays while any copy is made
+                    # Before any copy is made: the buffer stays while there is one.
+                    leaving.append((number, copies))
                     for device in reading.devices or (None,):
                         copies.append(copy_to(view, device))
                     yield reading, copies

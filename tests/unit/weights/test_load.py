@@ -208,7 +208,6 @@ def test_a_reading_that_stalls_holds_the_others_up(checkpoint, monkeypatch, expe
     """What is sent and cannot be placed takes memory of the devices."""
     monkeypatch.setattr(load, "PIECE_BYTES", SMALL_PIECE)
     monkeypatch.setattr(load, "BUFFERS", 3)
-    monkeypatch.setattr(load, "AHEAD", 6)
     real, first, go_on, sent = (Files.read, load.copy_to), [], threading.Event(), []
 
     def read(self, file, offset, into):

@@ -82,7 +82,8 @@ def load_base(
         ranks: the devices. If one rank is alone, the arrays are rank 0's parts.
 
     Raises:
-        UserError: a `weight_shape` that contradicts its tensor, a file that cannot be read.
+        UserError: what cannot be divided over the ranks, a weight of several dtypes, a `weight_shape`
+            that contradicts its tensor, a file that cannot be read.
     """
     arrays = held_arrays(checkpoint, ranks)
     base = empty_arrays(arrays)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -52,20 +51,14 @@ class Writers:
         self._compiled: dict[Any, Future[Any]] = {}
         for group in groups:
             if (program := _program(group)) not in self._compiled:
-                _writer_of(
-                    group, ranks
-                )  # here: two threads would make two, and JAX keeps programs by these
+                # Made here: two threads would make two, and JAX keeps programs by these.
+                _writer_of(group, ranks)
                 self._compiled[program] = self._pool.submit(_compile, group, ranks)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def write(self, array: Array, pieces: Sequence[Array], group: Group) -> Array:

@@ -16,20 +16,20 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from kimi_jax.errors import UserError
 from kimi_jax.parallel.ranks import ONE_DEVICE, Ranks
 from kimi_jax.weights.checkpoint import Checkpoint
 from kimi_jax.weights.pieces import Piece, held_arrays, in_file_order, neighbours
 from kimi_jax.weights.placing import Writers, empty_arrays, joined
-from kimi_jax.weights.reader import DTYPES as FILE_DTYPES
-from kimi_jax.weights.reader import Entry, Files, open_files
-from kimi_jax.weights.reading import Readers, Span, host_buffers, shares
+from kimi_jax.weights.reader import Files, open_files
+from kimi_jax.weights.reading import Readers, cores, host_buffers
+from kimi_jax.weights.spans import Reading, Span, shares
 
-# LOG.md, 2026-11-28, has what others cost. All buffers together should fit the processor's cache, which
-# the devices then read from; each piece costs Python a third of a millisecond, each program as much.
-READERS = 16  # threads
-BUFFERS = 8  # pieces that are between file and device
-PIECE_BYTES = 32 << 20  # of a buffer, if a single row is not larger
+# LOG.md, 2026-11-28, has what others cost. Threads that read take cores from the one that sends, and
+# from the runtime's own; all of them wait for Python's lock, once for each share and each piece. All
+# buffers together should fit the processor's cache, which the devices then read from.
+READERS = min(16, max(8, cores() - 4))  # threads
+BUFFERS = 3  # pieces that are between file and device
+PIECE_BYTES = 64 << 20  # of a buffer, if a single row is not larger
 SHARE_BYTES = 4 << 20  # what a thread reads at once: several fill a buffer
 TOGETHER = 4  # pieces that one program writes
 AHEAD = 2  # readings for each buffer that may be on the devices while an earlier one is still being read
@@ -37,33 +37,42 @@ AHEAD = 2  # readings for each buffer that may be on the devices while an earlie
 _GLANCE = 0.0003  # seconds to wait for files while transfers are on their way
 
 
-class _Reading(NamedTuple):
-    """One piece for the devices whose parts begin at row `start`."""
-
-    piece: Piece
-    start: int
-    devices: Sequence[Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Of the files."""
-        return self.piece.nbytes + sum(entry.nbytes for _, entry in self.checks)
-
-    @property
-    def checks(self) -> list[tuple[str, Entry]]:
-        """Tensors that repeat the shape of those in this piece."""
-        held, piece = self.piece.held, self.piece
-        first = self.start + piece.row
-        layers = held.checks[piece.layer : piece.layer + piece.layers]
-        return [check for layer in layers for check in layer[first : first + piece.rows]]
-
-
-class _InHand(NamedTuple):
-    """A reading that is being read, which of all it is, and what the files will say of its shapes."""
+class _Plan(NamedTuple):
+    """A reading, which of all it is, and what its threads read."""
 
     place: int
-    reading: _Reading
-    shapes: list[np.ndarray]
+    reading: Reading
+    shares: Sequence[Sequence[Span]]
+
+
+class _Plans:
+    """All readings in their order, of which up to `ahead` can be planned before they are taken."""
+
+    def __init__(self, readings: Sequence[Reading], ahead: int) -> None:
+        self._waiting = deque(enumerate(readings))
+        self._made: deque[_Plan] = deque()
+        self._ahead = ahead
+
+    def __bool__(self) -> bool:
+        return bool(self._made or self._waiting)
+
+    @property
+    def next_place(self) -> int:
+        return (self._made or self._waiting)[0][0]
+
+    @property
+    def wanted(self) -> bool:
+        """Whether one more is to be planned."""
+        return bool(self._waiting) and len(self._made) < self._ahead
+
+    def make(self) -> None:
+        place, reading = self._waiting.popleft()
+        self._made.append(_Plan(place, reading, shares(reading.spans(), SHARE_BYTES)))
+
+    def take(self) -> _Plan:
+        if not self._made:
+            self.make()
+        return self._made.popleft()
 
 
 def load_base(
@@ -105,16 +114,16 @@ def load_base(
     return base
 
 
-def _readings(group: Sequence[Piece]) -> list[_Reading]:
+def _readings(group: Sequence[Piece]) -> list[Reading]:
     return [
-        _Reading(piece, start, devices)
+        Reading(piece, start, devices)
         for piece in group
         for start, devices in piece.held.parts.items()
     ]
 
 
 def _in_order(
-    groups: Sequence[Sequence[Piece]], sent: Iterator[tuple[_Reading, list[Array]]]
+    groups: Sequence[Sequence[Piece]], sent: Iterator[tuple[Reading, list[Array]]]
 ) -> Iterator[tuple[Sequence[Piece], list[Array]]]:
     """Groups all of whose pieces are sent, and these as arrays. Every process has them in this order."""
     received: dict[tuple[int, int], list[Array]] = {}  # by piece and its part's first row
@@ -128,86 +137,61 @@ def _in_order(
 
 
 def _sent(
-    files: Files, readings: Sequence[_Reading]
-) -> Generator[tuple[_Reading, list[Array]], None, None]:
-    """Every reading as soon as it is on its way to its devices, nearly in order."""
-    waiting = deque(enumerate(readings))
-    largest = max(reading.piece.nbytes for reading in readings)
-    in_hand: dict[int, _InHand] = {}  # by the buffer that it is read into, the oldest first
+    files: Files, readings: Sequence[Reading]
+) -> Generator[tuple[Reading, list[Array]], None, None]:
+    """Every reading that is on its way to its devices, nearly in order.
+
+    A buffer that waits to be read into or to be sent costs time. So it is only when none does that a
+    reading is given out, to be placed, or the next one is planned.
+    """
+    largest = max(reading.buffer_bytes for reading in readings)
+    in_hand: dict[int, _Plan] = {}  # by the buffer that it is read into, the oldest first
     leaving: deque[tuple[int, list[Array]]] = deque()
+    sent: deque[tuple[Reading, list[Array]]] = deque()
     with (
         host_buffers(min(BUFFERS, len(readings)), largest) as buffers,
         Readers(files, READERS) as readers,
     ):
         free = list(range(len(buffers)))  # the last first: it is most likely in the cache
-        ahead = AHEAD * len(buffers)
+        plans, ahead = _Plans(readings, len(buffers)), AHEAD * len(buffers)
         try:
-            while waiting or in_hand:
+            while plans or in_hand:
                 while leaving and _arrived(leaving[0][1]):
                     free.append(leaving.popleft()[0])
-                while waiting and free and waiting[0][0] <= _oldest(in_hand, waiting) + ahead:
-                    number, (place, reading) = free.pop(), waiting.popleft()
-                    shapes = [np.empty(2, FILE_DTYPES[entry.dtype]) for _, entry in reading.checks]
-                    in_hand[number] = _InHand(place, reading, shapes)
-                    spans = _spans(reading, buffers[number], shapes)
-                    readers.start(number, shares(spans, SHARE_BYTES))
-                if not in_hand:
-                    jax.block_until_ready(leaving[0][1])
-                    continue
-                for number in readers.finished(_GLANCE if leaving and waiting else None):
-                    _, reading, shapes = in_hand.pop(number)
-                    _check(reading, shapes)
-                    piece = reading.piece
-                    view = buffers[number][: piece.nbytes]
-                    view = view.view(piece.held.dtype).reshape(piece.shape)
+                while plans and free and plans.next_place <= _oldest(in_hand, plans) + ahead:
+                    number, plan = free.pop(), plans.take()
+                    in_hand[number] = plan
+                    readers.start(number, buffers[number], plan.shares)
+                idle = not (sent or plans.wanted)
+                read = readers.finished((_GLANCE if leaving else None) if idle and in_hand else 0)
+                for number in read:
+                    while len(sent) >= len(buffers):  # they take memory of the devices
+                        yield sent.popleft()
+                    reading = in_hand.pop(number).reading
+                    reading.check(buffers[number])
                     copies: list[Array] = []
                     # Before any copy is made: the buffer stays while there is one.
                     leaving.append((number, copies))
                     for device in reading.devices or (None,):
-                        copies.append(copy_to(view, device))
-                    yield reading, copies
+                        copies.append(copy_to(reading.sent(buffers[number]), device))
+                    sent.append((reading, copies))
+                if not read and sent:
+                    yield sent.popleft()
+                elif not read and plans.wanted:
+                    plans.make()
+                elif not in_hand and plans:
+                    jax.block_until_ready(leaving[0][1])
+            yield from sent
         finally:  # a buffer must not go while a device reads it
             jax.block_until_ready([copies for _, copies in leaving])
 
 
-def _oldest(in_hand: Mapping[int, _InHand], waiting: Sequence[tuple[int, _Reading]]) -> int:
-    return next(iter(in_hand.values())).place if in_hand else waiting[0][0]
+def _oldest(in_hand: Mapping[int, _Plan], plans: _Plans) -> int:
+    return next(iter(in_hand.values())).place if in_hand else plans.next_place
 
 
 def _arrived(copies: Sequence[Array]) -> bool:
     return all(copy.is_ready() for copy in copies)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _spans(reading: _Reading, buffer: np.ndarray, shapes: Sequence[np.ndarray]) -> list[Span]:
-    """A piece's layers and rows side by side, as bytes, and each shape where its tensor is read."""
-    piece, held = reading.piece, reading.piece.held
-    first, end = reading.start + piece.row, 0
-    spans = [
-        Span(entry.file, entry.offset, (shape.view(np.uint8),))
-        for (_, entry), shape in zip(reading.checks, shapes, strict=True)
-    ]
-    for layer in held.tensors[piece.layer : piece.layer + piece.layers]:
-        if held.by_expert:
-            wanted = [(entry, 0, entry.nbytes) for entry in layer[first : first + piece.rows]]
-        else:
-            wanted = [(layer[0], first * held.row_bytes, piece.rows * held.row_bytes)]
-        for entry, begin, count in wanted:
-            assert begin + count <= entry.nbytes
-            spans.append(Span(entry.file, entry.offset + begin, (buffer[end : end + count],)))
-            end += count
-    assert end == piece.nbytes
-    return sorted(spans, key=lambda span: (span.file, span.offset))
-
-
-def _check(reading: _Reading, shapes: Sequence[np.ndarray]) -> None:
-    """What the files say of the shapes in this piece, against what they are."""
-    expected = reading.piece.held.array.weight.shape[1:]
-    for (name, _), found in zip(reading.checks, shapes, strict=True):
-        if (found[0], found[1]) != expected:
-            raise UserError(
-                f"{name}: says {found.tolist()}, but config.json and the packed tensor say "
-                f"{list(expected)}"
-            )
 
 
 def copy_to(view: np.ndarray, device: Any) -> Array:

@@ -3,6 +3,10 @@
 A piece has the same place in every device's part of an array; the parts begin at different rows
 (experts, where there are experts). Devices of this process whose parts begin at the same row are
 served by one reading.
+
+Tensors begin anywhere in a file, and the system copies memory fast only if it begins at the same place
+within a page, and at least within a cache line, on either side. So a piece is sent as slots that have
+room for that, and the device takes what it needs out of them.
 """
 
 import math
@@ -21,6 +25,9 @@ from kimi_jax.parallel.sharding import local_shape
 from kimi_jax.weights.checkpoint import Checkpoint
 from kimi_jax.weights.names import Part
 from kimi_jax.weights.reader import DTYPES, Entry
+
+PAGE, LINE = 4096, 64  # bytes
+LARGE = 16 * PAGE  # bytes of a segment from which on it lies as in the file within a page
 
 _PART: dict[Leaf, Part] = {"value": "value", "values": "packed", "scale": "scale"}
 
@@ -71,14 +78,25 @@ class Held:
 
     @property
     def piece_spec(self) -> PartitionSpec:
-        """Of a piece [layers, rows, …]: its rows lie where the array's lie."""
+        """Of a piece [segments, items]: each device's are its own, or all have the same."""
         spec = self.array.spec
         rows_at = 1 if self.array.weight.stack else 0
-        return PartitionSpec(None, spec[rows_at] if len(spec) > rows_at else None)
+        return PartitionSpec(spec[rows_at] if len(spec) > rows_at else None)
+
+    @property
+    def starts(self) -> range:
+        """First rows of all devices' parts, other processes' too."""
+        axis, count = self.piece_spec[0], 1
+        if self.sharding is not None and isinstance(axis, str):
+            count = self.sharding.mesh.shape[axis]
+        return range(0, count * self.rows, self.rows)
 
 
 class Piece(NamedTuple):
-    """Some layers of a part and all its rows, or some rows of one layer; counted within the part."""
+    """Some layers of a part and all its rows, or some rows of one layer; counted within the part.
+
+    A segment is what lies side by side in a file: an expert, or the piece's rows of a layer.
+    """
 
     held: Held
     layer: int
@@ -87,14 +105,61 @@ class Piece(NamedTuple):
     rows: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one device's piece, as the file has it."""
+    def content(self) -> tuple[int, ...]:
+        """Shape of one device's piece without the slots: as the file has it."""
         return (self.layers, self.rows, *self.held.row_shape)
 
     @property
     def nbytes(self) -> int:
-        """Of one device's piece."""
+        """Of one device's piece, in the files."""
         return self.layers * self.rows * self.held.row_bytes
+
+    @property
+    def segments(self) -> int:
+        """Of one device's piece."""
+        return self.layers * self.rows if self.held.by_expert else self.layers
+
+    @property
+    def slot(self) -> int:
+        """Bytes from a segment's place to the next one's, if both are shifted alike."""
+        return slot_bytes(self.nbytes // self.segments)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one device's piece as it is sent: slots, and items of a slot."""
+        return self.segments, self.slot // self.held.dtype.itemsize
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of one device's piece as it is sent."""
+        return self.segments * self.slot
+
+    def sources(self, start: int) -> list[tuple[Entry, int]]:
+        """Tensor and first byte in it of each segment, for devices whose parts begin at row `start`."""
+        first = start + self.row
+        layers = self.held.tensors[self.layer : self.layer + self.layers]
+        if self.held.by_expert:
+            return [(entry, 0) for layer in layers for entry in layer[first : first + self.rows]]
+        return [(layer[0], first * self.held.row_bytes) for layer in layers]
+
+    def shifts(self, start: int) -> list[int]:
+        """Bytes by which each segment lies behind the beginning of its slot: as it does in the file.
+
+        Whole items: what a file has in the midst of one lies at the beginning.
+        """
+        aligned = _aligned(self.nbytes // self.segments)
+        found = [(entry.offset + begin) % aligned for entry, begin in self.sources(start)]
+        return [0 if shift % self.held.dtype.itemsize else shift for shift in found]
+
+
+def slot_bytes(segment: int) -> int:
+    """Bytes that have room for a segment of so many, wherever it begins."""
+    aligned = _aligned(segment)
+    return -(-(segment + aligned - 1) // aligned) * aligned
+
+
+def _aligned(segment: int) -> int:
+    return PAGE if segment >= LARGE else LINE
 
 
 def held_arrays(checkpoint: Checkpoint, ranks: Ranks) -> list[Held]:
@@ -114,18 +179,20 @@ def held_arrays(checkpoint: Checkpoint, ranks: Ranks) -> list[Held]:
 
 
 def pieces_of(held: Held, at_most: int) -> Iterator[Piece]:
-    """Covers one device's part of an array with pieces of about `at_most` bytes or one row."""
+    """Covers one device's part of an array with pieces of about `at_most` bytes as sent, or one row."""
     layers = len(held.tensors)
-    layer_bytes = held.rows * held.row_bytes
-    if layer_bytes <= at_most:
-        together = _equal_parts(layers, max(1, at_most // max(1, layer_bytes)))
-        for layer in range(0, layers, together):
-            yield Piece(held, layer, min(together, layers - layer), 0, held.rows)
+    layer = held.rows * held.row_bytes
+    sent = held.rows * slot_bytes(held.row_bytes) if held.by_expert else slot_bytes(layer)
+    if sent <= at_most:
+        together = _equal_parts(layers, max(1, at_most // max(1, sent)))
+        for first in range(0, layers, together):
+            yield Piece(held, first, min(together, layers - first), 0, held.rows)
         return
-    together = _equal_parts(held.rows, max(1, at_most // held.row_bytes))
-    for layer in range(layers):
-        for row in range(0, held.rows, together):
-            yield Piece(held, layer, 1, row, min(together, held.rows - row))
+    row = slot_bytes(held.row_bytes) if held.by_expert else held.row_bytes
+    together = _equal_parts(held.rows, max(1, at_most // row))
+    for first in range(layers):
+        for begin in range(0, held.rows, together):
+            yield Piece(held, first, 1, begin, min(together, held.rows - begin))
 
 
 def in_file_order(arrays: Sequence[Held], at_most: int) -> list[Piece]:
@@ -136,9 +203,9 @@ def in_file_order(arrays: Sequence[Held], at_most: int) -> list[Piece]:
 
 
 def neighbours(pieces: Sequence[Piece], at_most: int) -> list[list[Piece]]:
-    """Pieces that follow each other in a layer of an array, at most so many together, equal in shape."""
+    """Pieces that follow each other in a layer of an array, at most so many together, equal in size."""
     groups = []
-    for _, alike in groupby(pieces, lambda piece: (id(piece.held), piece.layer, piece.shape)):
+    for _, alike in groupby(pieces, lambda piece: (id(piece.held), piece.layer, piece.content)):
         run = list(alike)
         size = _equal_parts(len(run), at_most)
         groups += [run[begin : begin + size] for begin in range(0, len(run), size)]

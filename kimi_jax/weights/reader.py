@@ -35,7 +35,7 @@ DTYPES: dict[str, Any] = {
     "I64": np.int64,
     "BOOL": np.bool_,
 }
-_ARRAYS_AT_ONCE = 1024  # of one system call: IOV_MAX of Linux
+_VIEWS_AT_ONCE = 1024  # of one system call: IOV_MAX of Linux
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
 
@@ -63,19 +63,19 @@ class Files:
 
     descriptors: Mapping[Path, int]
 
-    def read(self, file: Path, offset: int, into: Sequence[np.ndarray]) -> None:
-        """Fills arrays of uint8 one after the other with a file's bytes from `offset` on.
+    def read(self, file: Path, offset: int, into: Sequence[memoryview]) -> None:
+        """Fills memories one after the other with a file's bytes from `offset` on.
 
         Not through a memory map: taking the pages one by one costs more than copying them.
 
         Raises:
             UserError: the system cannot read the file, or it has become shorter.
         """
-        left: Sequence[memoryview | np.ndarray] = into
-        missing = sum(array.nbytes for array in into)
+        left = into
+        missing = sum(view.nbytes for view in into)
         while missing:
             try:
-                count = os.preadv(self.descriptors[file], left[:_ARRAYS_AT_ONCE], offset)
+                count = os.preadv(self.descriptors[file], left[:_VIEWS_AT_ONCE], offset)
             except OSError as error:
                 raise UserError(f"{file}: cannot be read: {error.strerror}") from error
             if count == 0:
@@ -85,11 +85,10 @@ class Files:
                 left = _without(left, count)
 
 
-def _without(arrays: Sequence[memoryview | np.ndarray], count: int) -> list[memoryview]:
-    """What is left of arrays when their first `count` bytes are taken away."""
+def _without(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of memories when their first `count` bytes are taken away."""
     left = []
-    for array in arrays:
-        view = memoryview(array)
+    for view in views:
         left.append(view[count:])
         count = max(0, count - view.nbytes)
     return [view for view in left if view.nbytes]

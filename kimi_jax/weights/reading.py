@@ -4,62 +4,35 @@ What is asked for here is done in no order; who asks is told what is there.
 """
 
 import mmap
-from collections import Counter
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Thread
-from typing import NamedTuple, Self
+from threading import Lock, Thread
+from typing import Self
 
 import jax
 import numpy as np
 
 from kimi_jax.weights.reader import Files
+from kimi_jax.weights.spans import Span
 
 _ALIGNED = 4096  # bytes, where a buffer begins
 
 
-class Span(NamedTuple):
-    """A file's bytes from `offset` on, and what they are read into: arrays of uint8, one after the other."""
-
-    file: Path
-    offset: int
-    into: tuple[np.ndarray, ...]
-
-
-def shares(spans: Sequence[Span], nbytes: int) -> list[list[Span]]:
-    """Spans for one thread each: about so many bytes, longer ones cut, those that join in a file joined.
-
-    Args:
-        spans: in the order of their files.
-        nbytes: of a share; it is at most half as large again.
-    """
-    found: list[list[Span]] = []
-    size = end = 0  # of the last share: its bytes, and where its last span ends
-    for file, offset, arrays in spans:
-        for array in arrays:
-            for begin in range(0, array.nbytes, nbytes):
-                part = array[begin : begin + nbytes]
-                if not found or size + part.nbytes > 1.5 * nbytes:
-                    found.append([])
-                    size = 0
-                share = found[-1]
-                if share and (share[-1].file, end) == (file, offset):
-                    share[-1] = share[-1]._replace(into=(*share[-1].into, part))
-                else:
-                    share.append(Span(file, offset, (part,)))
-                offset += part.nbytes
-                size, end = size + part.nbytes, offset
-    return found
+def cores() -> int:
+    """That this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Readers:
     """Threads that read spans of files, as a context.
 
     The threads do nothing else, and that in few steps: whoever sends to the devices waits for Python's
-    lock each time that one of them has it.
+    lock each time that one of them has it, and they wait while he has it.
 
     Args:
         files: open as long as the readers are.
@@ -68,9 +41,10 @@ class Readers:
 
     def __init__(self, files: Files, count: int) -> None:
         self._files = files
-        self._wanted: SimpleQueue[tuple[int, Sequence[Span]] | None] = SimpleQueue()
+        self._wanted: SimpleQueue[tuple[int, memoryview, Sequence[Span]] | None] = SimpleQueue()
         self._filled: SimpleQueue[int | BaseException] = SimpleQueue()
-        self._left: Counter[int] = Counter()
+        self._left: dict[int, int] = {}  # shares of a tag that are not read yet
+        self._lock = Lock()
         self._threads = [Thread(target=self._read, daemon=True) for _ in range(count)]
 
     def __enter__(self) -> Self:
@@ -95,46 +69,52 @@ class Readers:
             if thread.ident is not None:  # it was started
                 thread.join()
 
-    def start(self, tag: int, spans: Sequence[Sequence[Span]]) -> None:
-        """Has spans read, by a thread for each sequence of them. Nothing else is outstanding for the tag."""
+    def start(self, tag: int, memory: np.ndarray, spans: Sequence[Sequence[Span]]) -> None:
+        """Has spans read into a memory of uint8, by a thread for each sequence of them.
+
+        Nothing else is outstanding for the tag.
+        """
         assert spans
-        assert not self._left[tag]
+        assert not self._left.get(tag)
         self._left[tag] = len(spans)
+        view = memoryview(memory)
         for share in spans:
-            self._wanted.put((tag, share))
+            self._wanted.put((tag, view, share))
 
     def finished(self, timeout: float | None = None) -> list[int]:
         """Tags whose spans have all been read since the last call.
 
         Args:
-            timeout: seconds to wait for a thread's share; None: until one is read.
+            timeout: seconds to wait for a first one; None: as long as it takes.
 
         Raises:
             UserError: a file that cannot be read; of several the first that was met.
         """
-        tags = []
+        tags: list[int] = []
         with suppress(Empty):
             filled = self._filled.get(timeout=timeout)
             while True:
                 if isinstance(filled, BaseException):
                     raise filled
-                self._left[filled] -= 1
-                if not self._left[filled]:
-                    tags.append(filled)
+                tags.append(filled)
                 filled = self._filled.get_nowait()
         return tags
 
     def _read(self) -> None:
         read = self._files.read
         while (wanted := self._wanted.get()) is not None:
-            tag, spans = wanted
+            tag, memory, spans = wanted
             try:
-                for file, offset, into in spans:
-                    read(file, offset, into)
+                for file, offset, ranges in spans:
+                    read(file, offset, [memory[begin:end] for begin, end in ranges])
             except BaseException as error:  # raised where it is waited for
                 self._filled.put(error)
             else:
-                self._filled.put(tag)
+                with self._lock:
+                    self._left[tag] -= 1
+                    last = not self._left[tag]
+                if last:  # only then: who waits for it is not woken for a part
+                    self._filled.put(tag)
 
 
 @contextmanager

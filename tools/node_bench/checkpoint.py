@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from kimi_jax.training.checkpoint import Checkpoints
 from kimi_jax.training.step import TrainState
-from tools.bench_load import drop_pages, memory_watched
+from tools.load_bench.memory import memory_watched
+from tools.load_bench.raw import drop_pages
 from tools.node_bench.record import Skipped
 
 MARGIN = 1.05  # of a checkpoint's bytes have to be free

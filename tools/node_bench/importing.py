@@ -12,7 +12,7 @@ from kimi_jax.model.config import parse_model_config
 from kimi_jax.model.params import weight_table
 from kimi_jax.parallel.ranks import Ranks
 from kimi_jax.weights.reader import INDEX
-from tools.bench_load import measure
+from tools.load_bench.measuring import measure
 from tools.synthetic_checkpoint import sized_config, write_checkpoint
 
 GIB = 2**30

@@ -1,5 +1,6 @@
 """Onto eight devices as onto one, bit for bit, with bounded memory and nothing read twice."""
 
+import shutil
 import threading
 from contextlib import contextmanager
 
@@ -10,11 +11,11 @@ import pytest
 from kimi_jax.errors import UserError
 from kimi_jax.parallel.mesh import make_mesh
 from kimi_jax.parallel.ranks import Ranks
-from kimi_jax.weights import load
+from kimi_jax.weights import load, pieces
 from kimi_jax.weights.checkpoint import open_checkpoint
 from kimi_jax.weights.load import load_base
-from kimi_jax.weights.pieces import held_arrays, pieces_of
-from kimi_jax.weights.reader import Files, open_files
+from kimi_jax.weights.pieces import Piece, held_arrays, neighbours, pieces_of
+from kimi_jax.weights.reader import Files
 from tests.unit.support import change_shard, write_tiny_checkpoint
 
 EXPERTS = 16
@@ -51,6 +52,18 @@ def assert_same(found, expected, path):
     found = np.asarray(found)
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape), path
     assert found.tobytes() == expected.tobytes(), path
+
+
+def segments_of(piece, sent):
+    """Bytes of the segments of a piece of the first part, out of what was sent."""
+    slots, count = sent.reshape(-1).view(np.uint8), piece.nbytes // piece.segments
+    begins = [number * piece.slot + shift for number, shift in enumerate(piece.shifts(0))]
+    return [slots[begin : begin + count].tobytes() for begin in begins]
+
+
+def in_files(piece):
+    count = piece.nbytes // piece.segments
+    return [entry.read().tobytes()[begin : begin + count] for entry, begin in piece.sources(0)]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +112,8 @@ def test_alone_is_the_first_of_the_ranks(checkpoint, on_one, reads):
         for name, tensor in checkpoint.tensors.items()
         if tensor.part == "shape" and tensor.expert < EXPERTS // 8
     )
-    pieces = [piece for each in held.values() for piece in pieces_of(each, 1 << 20)]
-    assert asked == shapes + sum(piece.nbytes for piece in pieces)
+    whole = [piece for each in held.values() for piece in pieces_of(each, 1 << 20)]
+    assert asked == shapes + sum(piece.nbytes for piece in whole)
 
 
 def test_parts_begin_where_their_devices_do(checkpoint):
@@ -111,6 +124,58 @@ def test_parts_begin_where_their_devices_do(checkpoint):
         assert list(held.parts) == [n * held.rows for n in range(4 if spread else 1)]
         replicas = {len(devices) for devices in held.parts.values()}
         assert replicas == {2 if spread else 8}
+
+
+def moved(source, target, data_begins):
+    """Copies a checkpoint so that the tensors of each file begin at this byte of a page."""
+    shutil.copytree(source, target)
+    for path in target.glob("*.safetensors"):
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        text = content[8 : 8 + length].rstrip()
+        text += b" " * ((data_begins - 8 - len(text)) % pieces.PAGE)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize("expert", [1, 8])
+@pytest.mark.parametrize("data_begins", [0, 8, 13, 4_088, 4_095])
+def test_wherever_tensors_begin_in_a_file(
+    checkpoint, on_one, monkeypatch, tmp_path, data_begins, expert
+):
+    """Bits do not depend on it; and each segment is read to where it lies in its file, within a page.
+
+    A file of another writer may even have items that begin at an odd byte.
+    """
+    monkeypatch.setattr(load, "PIECE_BYTES", 4 * SMALL_PIECE)
+    monkeypatch.setattr(pieces, "LARGE", 500)
+    moved(checkpoint.directory, tmp_path / "moved", data_begins)
+    real, seen = Files.read, []
+
+    def read(self, file, offset, into):
+        seen.append((offset, len(into[0]), np.frombuffer(into[0], np.uint8).ctypes.data))
+        real(self, file, offset, into)
+
+    monkeypatch.setattr(Files, "read", read)
+    opened = open_checkpoint(tmp_path / "moved")
+    ranks = load.ONE_DEVICE if expert == 1 else Ranks(expert, 1, make_mesh(expert))
+    for path, value in load_base(opened, ranks=ranks).items():
+        assert_same(value, on_one[path], path)
+    assert {entry.offset % pieces.PAGE for entry in opened.entries.values()} >= {data_begins}
+    large = [(offset, address) for offset, count, address in seen if count >= 500]
+    assert len(large) > 20
+    if data_begins % 8 == 0:  # else their items begin in the midst of a device's
+        assert all((address - offset) % pieces.PAGE == 0 for offset, address in large)
+
+
+def test_pieces_of_one_size_as_sent_and_two_in_the_files_are_not_written_together(checkpoint):
+    """A program takes as much out of a slot as its first piece has."""
+    for held in held_arrays(checkpoint, Ranks()):
+        if held.array.leaf == "value" and not held.by_expert and held.rows > 4:
+            rows = [Piece(held, 0, 1, 0, 2), Piece(held, 0, 1, 2, 1)]
+            if rows[0].shape == rows[1].shape:
+                assert neighbours(rows, 4) == [rows[:1], rows[1:]]
+                return
+    raise AssertionError("no array of the checkpoint has small rows")
 
 
 @pytest.mark.parametrize("at_most", [1, 100, SMALL_PIECE, 1 << 20])
@@ -190,16 +255,9 @@ def test_a_buffer_waits_for_its_device(checkpoint, on_one, monkeypatch):
 
     monkeypatch.setattr(load.jax, "block_until_ready", block)
     load_base(checkpoint)
-    for group, pieces in placed:
-        for piece, each in zip(group, pieces, strict=True):
-            (reading,) = load._readings([piece])
-            buffer = np.zeros(piece.nbytes, np.uint8)
-            shapes = [np.empty(2, np.int32) for _ in reading.checks]
-            spans = load._spans(reading, buffer, shapes)
-            with open_files({span.file for span in spans}) as files:
-                for span in spans:
-                    files.read(*span)
-            assert each.found.tobytes() == buffer.tobytes(), piece.held.array.path
+    for group, sent in placed:
+        for piece, each in zip(group, sent, strict=True):
+            assert segments_of(piece, each.found) == in_files(piece), piece.held.array.path
     assert sum(len(group) for group, _ in placed) == len(late)
 
 
@@ -213,6 +271,7 @@ def test_a_reading_that_stalls_holds_the_others_up(checkpoint, monkeypatch, expe
     def read(self, file, offset, into):
         if not first:
             first.append(offset)
+            threading.Timer(1.5, lambda: (seen.append(len(sent)), go_on.set())).start()
             go_on.wait(20)
         real[0](self, file, offset, into)
 
@@ -223,7 +282,6 @@ def test_a_reading_that_stalls_holds_the_others_up(checkpoint, monkeypatch, expe
     monkeypatch.setattr(Files, "read", read)
     monkeypatch.setattr(load, "copy_to", copy)
     seen = []
-    threading.Timer(1.5, lambda: (seen.append(len(sent)), go_on.set())).start()
     ranks = load.ONE_DEVICE if expert == 1 else Ranks(expert, 1, make_mesh(expert))
     load_base(checkpoint, ranks=ranks)
     copies = 1 if expert == 1 else 8  # of what every device holds

@@ -1,0 +1,90 @@
+"""Whole imports, and how far an import comes that does only a part."""
+
+import gc
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import jax
+
+from kimi_jax.parallel.ranks import Ranks
+from kimi_jax.weights import load
+from kimi_jax.weights.checkpoint import Checkpoint
+from kimi_jax.weights.reader import Files
+
+TIMES = 3  # of a warm import; the median counts
+
+
+def timed_import(checkpoint: Checkpoint, ranks: Ranks) -> float:
+    """Seconds until every array is in its place; the arrays are given up."""
+    began = time.perf_counter()
+    base = load.load_base(checkpoint, None, ranks)
+    jax.block_until_ready(base)
+    seconds = time.perf_counter() - began
+    del base
+    gc.collect()
+    return seconds
+
+
+class _Nowhere:
+    """In place of an array that a device would receive."""
+
+    def is_ready(self) -> bool:
+        return True
+
+
+class _NoWriters:
+    """In place of the programs that write pieces into their arrays."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> "_NoWriters":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def write(self, array: Any, *_: object) -> Any:
+        return array
+
+
+def parts_of_an_import(checkpoint: Checkpoint, ranks: Ranks, size: int) -> dict[str, Any]:
+    """GB/s of an import that only reads, that also sends, and that does everything.
+
+    Of each also the share of its time for which the threads are within a system call or wait for
+    Python's lock behind it, and GB/s of one thread in that time.
+    """
+    nowhere = {"copy_to": lambda *_: _Nowhere(), "joined": lambda *_: _Nowhere()}
+    replaced: dict[str, dict[str, Any]] = {
+        "read": {"Writers": _NoWriters, **nowhere},
+        "read and sent": {"Writers": _NoWriters},
+        "placed": {},
+    }
+    result = {}
+    for name, others in replaced.items():
+        measured = []
+        for _ in range(TIMES):
+            busy: list[float] = []
+            with ExitStack() as stack:
+                for attribute, other in others.items():
+                    stack.enter_context(patch.object(load, attribute, other))
+                stack.enter_context(patch.object(Files, "read", _timed(Files.read, busy)))
+                seconds = timed_import(checkpoint, ranks)
+            measured.append((seconds, sum(busy)))
+        seconds, busy_seconds = sorted(measured)[len(measured) // 2]
+        result[name] = {
+            "gb_s": round(size / 1e9 / seconds, 2),
+            "readers_busy": round(busy_seconds / load.READERS / seconds, 2),
+            "gb_s_of_a_reader": round(size / 1e9 / busy_seconds, 2),
+        }
+    return result
+
+
+def _timed(read: Callable[..., None], busy: list[float]) -> Callable[..., None]:
+    def timed(*arguments: Any) -> None:
+        began = time.perf_counter()
+        read(*arguments)
+        busy.append(time.perf_counter() - began)
+
+    return timed

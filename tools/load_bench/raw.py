@@ -1,0 +1,76 @@
+"""Reads files as fast as the machine can, by itself and beside transfers to devices."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from kimi_jax.weights.pieces import PAGE
+from tools.load_bench.transfers import sending
+
+THREADS = (8, 16, 24, 32)
+BLOCKS_MIB = (4, 16)
+ONE = (16, 16)  # threads, MiB of a block: where only one is measured
+DISPLACED = 1032  # bytes: not whole lines of the cache
+
+
+def read_raw(files: list[Path], threads: int, block: int, displaced: int = 0) -> float:
+    """Seconds to read all bytes of `files` in blocks of so many bytes.
+
+    A block begins in its buffer where it begins in its file, within a page, or `displaced` bytes behind.
+    """
+    blocks: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
+    descriptors = [os.open(path, os.O_RDONLY) for path in files]
+    for descriptor in descriptors:
+        for begin in range(0, os.fstat(descriptor).st_size, block):
+            blocks.put((descriptor, begin))
+    buffers = [_on_a_page(block + displaced)[displaced:] for _ in range(threads)]
+
+    def work(buffer: np.ndarray) -> None:
+        while (block := blocks.get()) is not None:
+            os.preadv(block[0], [memoryview(buffer)], block[1])
+
+    for _ in range(threads):
+        blocks.put(None)
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, buffers))
+    seconds = time.perf_counter() - began
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return seconds
+
+
+def _on_a_page(nbytes: int) -> np.ndarray:
+    """Memory that begins with a page and has been touched."""
+    memory = np.ones(nbytes + PAGE, np.uint8)
+    begin = -memory.ctypes.data % PAGE
+    return memory[begin : begin + nbytes]
+
+
+def read_beside_transfers(files: list[Path], size: int, devices: list[Any]) -> dict[str, Any]:
+    """GB/s of reading the files raw while memory that has nothing to do with them goes to the devices."""
+    found = {}
+    for mib in BLOCKS_MIB:
+        with sending(devices) as gb:
+            before = gb()
+            threads = ONE[0]
+            seconds = read_raw(files, threads, mib << 20)
+            found[f"{threads} × {mib} MiB"] = {
+                "raw_gb_s": round(size / 1e9 / seconds, 2),
+                "transfers_gb_s": round((gb() - before) / seconds, 2),
+            }
+    return found
+
+
+def drop_pages(files: list[Path]) -> None:
+    """Asks the system to forget the files' pages; they must have been written out (fsync)."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)

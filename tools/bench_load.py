@@ -11,7 +11,7 @@ processor's cache, with large ones they do not. Cold: the files' pages are dropp
 before. Warm also:
 
 - the parts of an import: only reading, sending too, everything;
-- raw reading of blocks to where they do not lie as in their file, within a line of the cache;
+- raw reading of blocks to some bytes behind where they lie in a page of their file;
 - raw reading while other memory is sent to the devices, for an import does both at once.
 
 `--settings` are the import's (readers, buffers, MiB of a piece, MiB of a thread's share, pieces of a
@@ -58,8 +58,12 @@ def main() -> None:
     n = options.expert
     ranks = ONE_DEVICE if n == 1 else Ranks(n, 1, make_mesh(n))
     result: dict[str, Any] = {}
-    measure(options.directory, ranks, lambda line: print(line, flush=True), result, options.pages)
-    print(json.dumps({k: v for k, v in result.items() if k not in PAGES}))
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    measure(options.directory, ranks, say, result, options.pages, reasons=True)
+    say(json.dumps({k: v for k, v in result.items() if k not in (*PAGES, "reasons")}))
     result["others"] = []
     for text in options.others:
         use(text)

@@ -19,37 +19,37 @@ from jaxtyping import Array
 from kimi_jax.parallel.ranks import ONE_DEVICE, Ranks
 from kimi_jax.weights.checkpoint import Checkpoint
 from kimi_jax.weights.pieces import Piece, held_arrays, in_file_order, neighbours
-from kimi_jax.weights.placing import Writers, empty_arrays, joined
+from kimi_jax.weights.placing import Writers, empty_arrays, finished, joined
+from kimi_jax.weights.portions import Portion
 from kimi_jax.weights.reader import Files, open_files
-from kimi_jax.weights.reading import Readers, cores, host_buffers
-from kimi_jax.weights.spans import Reading, Span, shares
+from kimi_jax.weights.reading import Readers, Span, cores, host_buffers, shares
 
 # LOG.md, 2026-11-28, has what others cost. Threads that read take cores from the one that sends, and
 # from the runtime's own; all of them wait for Python's lock, once for each share and each piece. All
 # buffers together should fit the processor's cache, which the devices then read from.
-READERS = min(16, max(8, cores() - 4))  # threads
+READERS = min(16, max(8, cores() - 4))  # threads; at least 8, for files that are not in memory
 BUFFERS = 3  # pieces that are between file and device
 PIECE_BYTES = 64 << 20  # of a buffer, if a single row is not larger
 SHARE_BYTES = 4 << 20  # what a thread reads at once: several fill a buffer
 TOGETHER = 4  # pieces that one program writes
-AHEAD = 2  # readings for each buffer that may be on the devices while an earlier one is still being read
+AHEAD = 2  # portions for each buffer that may be on the devices while an earlier one is still being read
 
 _GLANCE = 0.0003  # seconds to wait for files while transfers are on their way
 
 
 class _Plan(NamedTuple):
-    """A reading, which of all it is, and what its threads read."""
+    """A portion, which of all it is, and what threads read for it."""
 
     place: int
-    reading: Reading
+    portion: Portion
     shares: Sequence[Sequence[Span]]
 
 
 class _Plans:
-    """All readings in their order, of which up to `ahead` can be planned before they are taken."""
+    """All portions in their order, of which up to `ahead` can be planned before they are taken."""
 
-    def __init__(self, readings: Sequence[Reading], ahead: int) -> None:
-        self._waiting = deque(enumerate(readings))
+    def __init__(self, portions: Sequence[Portion], ahead: int) -> None:
+        self._waiting = deque(enumerate(portions))
         self._made: deque[_Plan] = deque()
         self._ahead = ahead
 
@@ -66,8 +66,8 @@ class _Plans:
         return bool(self._waiting) and len(self._made) < self._ahead
 
     def make(self) -> None:
-        place, reading = self._waiting.popleft()
-        self._made.append(_Plan(place, reading, shares(reading.spans(), SHARE_BYTES)))
+        place, portion = self._waiting.popleft()
+        self._made.append(_Plan(place, portion, shares(portion.spans(), SHARE_BYTES)))
 
     def take(self) -> _Plan:
         if not self._made:
@@ -82,8 +82,8 @@ def load_base(
 ) -> dict[str, Array]:
     """All weights of the base model, by path, where `kimi_jax.model.layout` places them.
 
-    Host memory beyond what the process had: `BUFFERS` buffers of `PIECE_BYTES`, whatever the size
-    of the model.
+    Host memory beyond what the process had: `BUFFERS` buffers of about `PIECE_BYTES`, or of one row that
+    is larger, whatever the size of the model. Processes that share a mesh need the same files.
 
     Args:
         checkpoint: already matched with its config.
@@ -97,63 +97,65 @@ def load_base(
     arrays = held_arrays(checkpoint, ranks)
     base = empty_arrays(arrays)
     groups = neighbours(in_file_order(arrays, PIECE_BYTES), TOGETHER)
-    readings = [reading for group in groups for reading in _readings(group)]
-    total, done = sum(reading.nbytes for reading in readings), 0
+    portions = [portion for group in groups for portion in _portions(group)]
+    total, done = sum(portion.nbytes for portion in portions), 0
     files_used = {entry.file for entry in checkpoint.entries.values()}
     with (
         Writers(groups, ranks) as writers,
         open_files(files_used) as files,
-        closing(_sent(files, readings)) as sent,
+        closing(_sent(files, portions)) as sent,
     ):
         for group, pieces in _in_order(groups, sent):
             path = group[0].held.array.path
             base[path] = writers.write(base[path], pieces, group)
-            done += sum(reading.nbytes for reading in _readings(group))
+            done += sum(portion.nbytes for portion in _portions(group))
             if progress is not None:
                 progress(done, total)
+    for held in arrays:
+        base[held.array.path] = finished(held, base[held.array.path])
     return base
 
 
-def _readings(group: Sequence[Piece]) -> list[Reading]:
+def _portions(group: Sequence[Piece]) -> list[Portion]:
     return [
-        Reading(piece, start, devices)
+        Portion(piece, start, devices)
         for piece in group
         for start, devices in piece.held.parts.items()
     ]
 
 
 def _in_order(
-    groups: Sequence[Sequence[Piece]], sent: Iterator[tuple[Reading, list[Array]]]
+    groups: Sequence[Sequence[Piece]], sent: Iterator[tuple[Portion, list[Array]]]
 ) -> Iterator[tuple[Sequence[Piece], list[Array]]]:
     """Groups all of whose pieces are sent, and these as arrays. Every process has them in this order."""
     received: dict[tuple[int, int], list[Array]] = {}  # by piece and its part's first row
     waiting = deque(groups)
-    for reading, copies in sent:
-        received[id(reading.piece), reading.start] = copies
-        while waiting and all((id(r.piece), r.start) in received for r in _readings(waiting[0])):
+    for portion, copies in sent:
+        received[id(portion.piece), portion.start] = copies
+        while waiting and all((id(p.piece), p.start) in received for p in _portions(waiting[0])):
             group = waiting.popleft()
             parts = [[received.pop((id(p), start)) for start in p.held.parts] for p in group]
             yield group, [joined(p, [*chain(*each)]) for p, each in zip(group, parts, strict=True)]
 
 
 def _sent(
-    files: Files, readings: Sequence[Reading]
-) -> Generator[tuple[Reading, list[Array]], None, None]:
-    """Every reading that is on its way to its devices, nearly in order.
+    files: Files, portions: Sequence[Portion]
+) -> Generator[tuple[Portion, list[Array]], None, None]:
+    """Every portion that is on its way to its devices, nearly in order.
 
-    A buffer that waits to be read into or to be sent costs time. So it is only when none does that a
-    reading is given out, to be placed, or the next one is planned.
+    A buffer that waits to be read into or to be sent costs time. So a portion is given out, to be placed,
+    and the next one planned, when none does; or when as many wait to be placed as there are buffers.
     """
-    largest = max(reading.buffer_bytes for reading in readings)
+    largest = max(portion.buffer_bytes for portion in portions)
     in_hand: dict[int, _Plan] = {}  # by the buffer that it is read into, the oldest first
     leaving: deque[tuple[int, list[Array]]] = deque()
-    sent: deque[tuple[Reading, list[Array]]] = deque()
+    sent: deque[tuple[Portion, list[Array]]] = deque()
     with (
-        host_buffers(min(BUFFERS, len(readings)), largest) as buffers,
+        host_buffers(min(BUFFERS, len(portions)), largest) as buffers,
         Readers(files, READERS) as readers,
     ):
         free = list(range(len(buffers)))  # the last first: it is most likely in the cache
-        plans, ahead = _Plans(readings, len(buffers)), AHEAD * len(buffers)
+        plans, ahead = _Plans(portions, len(buffers)), AHEAD * len(buffers)
         try:
             while plans or in_hand:
                 while leaving and _arrived(leaving[0][1]):
@@ -167,19 +169,21 @@ def _sent(
                 for number in read:
                     while len(sent) >= len(buffers):  # they take memory of the devices
                         yield sent.popleft()
-                    reading = in_hand.pop(number).reading
-                    reading.check(buffers[number])
+                    portion = in_hand.pop(number).portion
+                    portion.check(buffers[number])
                     copies: list[Array] = []
                     # Before any copy is made: the buffer stays while there is one.
                     leaving.append((number, copies))
-                    for device in reading.devices or (None,):
-                        copies.append(copy_to(reading.sent(buffers[number]), device))
-                    sent.append((reading, copies))
-                if not read and sent:
+                    for device in portion.devices or (None,):
+                        copies.append(copy_to(portion.sent(buffers[number]), device))
+                    sent.append((portion, copies))
+                if read:
+                    continue
+                if sent:
                     yield sent.popleft()
-                elif not read and plans.wanted:
+                elif plans.wanted:
                     plans.make()
-                elif not in_hand and plans:
+                elif not in_hand:
                     jax.block_until_ready(leaving[0][1])
             yield from sent
         finally:  # a buffer must not go while a device reads it

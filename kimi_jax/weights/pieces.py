@@ -4,9 +4,9 @@ A piece has the same place in every device's part of an array; the parts begin a
 (experts, where there are experts). Devices of this process whose parts begin at the same row are
 served by one reading.
 
-Tensors begin anywhere in a file, and the system copies memory fast only if it begins at the same place
-within a page, and at least within a cache line, on either side. So a piece is sent as slots that have
-room for that, and the device takes what it needs out of them.
+Tensors begin anywhere in a file. The system copies memory fastest to where it lies in a page as it did;
+some processors take five times as long to a few bytes behind (LOG.md, 2026-11-28). So a piece is sent as
+slots that have room for that, and the device takes what it needs out of them.
 """
 
 import math
@@ -24,10 +24,10 @@ from kimi_jax.parallel.ranks import Ranks
 from kimi_jax.parallel.sharding import local_shape
 from kimi_jax.weights.checkpoint import Checkpoint
 from kimi_jax.weights.names import Part
-from kimi_jax.weights.reader import DTYPES, Entry
+from kimi_jax.weights.reader import DTYPES, PAGE, Entry
 
-PAGE, LINE = 4096, 64  # bytes
-LARGE = 16 * PAGE  # bytes of a segment from which on it lies as in the file within a page
+LARGE = 16 * PAGE  # bytes of a segment from which on it lies as in its file within a page
+LINE = 64  # bytes of the processor's cache, within which smaller ones do
 
 _PART: dict[Leaf, Part] = {"value": "value", "values": "packed", "scale": "scale"}
 
@@ -120,9 +120,14 @@ class Piece(NamedTuple):
         return self.layers * self.rows if self.held.by_expert else self.layers
 
     @property
+    def segment_bytes(self) -> int:
+        """Of each segment."""
+        return self.nbytes // self.segments
+
+    @property
     def slot(self) -> int:
         """Bytes from a segment's place to the next one's, if both are shifted alike."""
-        return slot_bytes(self.nbytes // self.segments)
+        return slot_bytes(self.segment_bytes)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,9 +152,9 @@ class Piece(NamedTuple):
 
         Whole items: what a file has in the midst of one lies at the beginning.
         """
-        aligned = _aligned(self.nbytes // self.segments)
+        aligned, item = _aligned(self.segment_bytes), self.held.dtype.itemsize
         found = [(entry.offset + begin) % aligned for entry, begin in self.sources(start)]
-        return [0 if shift % self.held.dtype.itemsize else shift for shift in found]
+        return [0 if shift % item else shift for shift in found]
 
 
 def slot_bytes(segment: int) -> int:

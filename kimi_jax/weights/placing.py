@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from kimi_jax.int4 import words_to_int4
+from kimi_jax.int4 import VALUES_PER_WORD, words_to_int4
 from kimi_jax.model.layers import DTYPES
 from kimi_jax.model.layout import Leaf
 from kimi_jax.parallel.ranks import REPLICATED, Ranks
@@ -24,9 +24,20 @@ Group = Sequence[Piece]  # pieces of one array, equal in shape, that one program
 
 
 def empty_arrays(arrays: Sequence[Held]) -> dict[str, Array]:
-    """Zeros for each array, by path, where its parts belong."""
-    made = [(held.array.path, held.shape, _dtype(held), held.sharding) for held in arrays]
+    """Zeros for each array, by path, where its parts belong, to be written and then `finished`."""
+    made = [(held.array.path, *_stored(held), held.sharding) for held in arrays]
     return _zeros(tuple(made))()
+
+
+def finished(held: Held, array: Array) -> Array:
+    """An array that has all its pieces, as it is used.
+
+    On a CPU, packed experts' words become int4 only now: XLA has no int4 arithmetic there, and would read
+    and write all of an int4 array for each piece. So for a moment there is one array twice.
+    """
+    if not _as_words(held):
+        return array
+    return jax.block_until_ready(_unpacked(held.sharding)(array))
 
 
 def joined(piece: Piece, received: Sequence[Array]) -> Array:
@@ -71,7 +82,7 @@ class Writers:
 def _program(group: Group) -> tuple[Any, ...]:
     """What groups that the same program writes have in common."""
     held = group[0].held
-    array = (held.shape, held.array.leaf, held.array.spec, _dtype(held))
+    array = (held.array.leaf, held.array.spec, *_stored(held))
     return *array, group[0].content, group[0].shape, held.piece_spec, held.dtype, len(group)
 
 
@@ -87,7 +98,7 @@ def lowered(group: Group, ranks: Ranks) -> "jax.stages.Lowered":
     held = group[0].held
     sharding = held.sharding
     where = None if sharding is None else NamedSharding(sharding.mesh, held.piece_spec)
-    array = jax.ShapeDtypeStruct(held.shape, _dtype(held), sharding=sharding)
+    array = jax.ShapeDtypeStruct(*_stored(held), sharding=sharding)
     piece = jax.ShapeDtypeStruct(_shape(group[0]), held.dtype, sharding=where)
     return _writer_of(group, ranks).lower(array, (piece,) * len(group), *_places(group))
 
@@ -111,9 +122,24 @@ def _shape(piece: Piece) -> tuple[int, ...]:
     return (len(piece.held.starts) * segments, items)
 
 
-def _dtype(held: Held) -> Any:
+def _stored(held: Held) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype in which an array is written."""
+    if _as_words(held):
+        return (*held.shape[:-1], held.shape[-1] // VALUES_PER_WORD), jnp.int32
     own = {"values": jnp.int4, "scale": jnp.bfloat16}.get(held.array.leaf)
-    return own or DTYPES[held.array.weight.storage]
+    return held.shape, own or DTYPES[held.array.weight.storage]
+
+
+def _as_words(held: Held) -> bool:
+    if held.array.leaf != "values":
+        return False
+    device = jax.devices()[0] if held.sharding is None else next(iter(held.sharding.device_set))
+    return device.platform == "cpu"
+
+
+@cache
+def _unpacked(sharding: NamedSharding | None) -> Callable[[Array], Array]:
+    return jax.jit(words_to_int4, out_shardings=sharding)
 
 
 @cache
@@ -130,7 +156,8 @@ def _writer_of(group: Group, ranks: Ranks) -> "jax.stages.Wrapped":
     held = group[0].held
     stacked = bool(held.array.weight.stack)
     content = group[0].content
-    return _writer(held.array.leaf, stacked, content, held.array.spec, held.piece_spec, ranks)
+    leaf = "value" if _as_words(held) else held.array.leaf
+    return _writer(leaf, stacked, content, held.array.spec, held.piece_spec, ranks)
 
 
 @cache

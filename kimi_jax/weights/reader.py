@@ -35,6 +35,7 @@ DTYPES: dict[str, Any] = {
     "I64": np.int64,
     "BOOL": np.bool_,
 }
+PAGE = 4096  # bytes, of memory and of files in it
 _VIEWS_AT_ONCE = 1024  # of one system call: IOV_MAX of Linux
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 

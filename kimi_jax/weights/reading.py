@@ -5,20 +5,55 @@ What is asked for here is done in no order; who asks is told what is there.
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
-from typing import Self
+from typing import NamedTuple, Self
 
 import jax
 import numpy as np
 
-from kimi_jax.weights.reader import Files
-from kimi_jax.weights.spans import Span
+from kimi_jax.weights.reader import PAGE, Files
 
-_ALIGNED = 4096  # bytes, where a buffer begins
+
+class Span(NamedTuple):
+    """A file's bytes from `offset` on, and where they go: ranges of a buffer, one after the other."""
+
+    file: Path
+    offset: int
+    into: tuple[tuple[int, int], ...]
+
+
+def shares(spans: Iterable[Span], nbytes: int) -> list[list[Span]]:
+    """Spans for one thread each: about so many bytes, longer ones cut, those that join in a file joined.
+
+    Args:
+        spans: in the order of their files.
+        nbytes: of a share; it is at most half as large again.
+    """
+    found: list[list[Span]] = []
+    size = end = 0  # of the last share: its bytes, and where its last span ends
+    most = 1.5 * nbytes
+    for file, offset, ranges in spans:
+        for begin, stop in ranges:
+            step = nbytes if stop - begin > most else stop - begin
+            for first in range(begin, stop, step):
+                part = (first, min(first + step, stop))
+                count = part[1] - first
+                if not found or size + count > most:
+                    found.append([])
+                    size = 0
+                share = found[-1]
+                if share and (share[-1].file, end) == (file, offset):
+                    share[-1] = Span(file, share[-1].offset, (*share[-1].into, part))
+                else:
+                    share.append(Span(file, offset, (part,)))
+                offset += count
+                size, end = size + count, offset
+    return found
 
 
 def cores() -> int:
@@ -120,7 +155,7 @@ class Readers:
 @contextmanager
 def host_buffers(count: int, nbytes: int) -> Iterator[list[np.ndarray]]:
     """Buffers, uint8, of at least `nbytes` each, in memory that a GPU may read by itself."""
-    size = -(-max(nbytes, 1) // _ALIGNED) * _ALIGNED
+    size = -(-max(nbytes, 1) // PAGE) * PAGE
     mapping = mmap.mmap(-1, count * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # advice, which some kernels do not take: fewer pages to take and pin
         mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -55,12 +55,13 @@ def parts_of_an_import(checkpoint: Checkpoint, ranks: Ranks, size: int) -> dict[
     Of each also the share of its time for which the threads are within a system call or wait for
     Python's lock behind it, and GB/s of one thread in that time.
     """
-    nowhere = {"copy_to": lambda *_: _Nowhere(), "joined": lambda *_: _Nowhere()}
-    replaced: dict[str, dict[str, Any]] = {
-        "read": {"Writers": _NoWriters, **nowhere},
-        "read and sent": {"Writers": _NoWriters},
-        "placed": {},
+    unplaced: dict[str, Any] = {
+        "Writers": _NoWriters,
+        "empty_arrays": lambda arrays: dict.fromkeys(held.array.path for held in arrays),
+        "finished": lambda _, array: array,
     }
+    nowhere = dict.fromkeys(("copy_to", "joined"), lambda *_: _Nowhere())
+    replaced = {"read": unplaced | nowhere, "read and sent": unplaced, "placed": {}}
     result = {}
     for name, others in replaced.items():
         measured = []

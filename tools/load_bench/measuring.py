@@ -1,7 +1,6 @@
 """Everything that `tools/bench_load.py` measures."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -13,6 +12,7 @@ import numpy as np
 from kimi_jax.parallel.ranks import Ranks
 from kimi_jax.weights import load
 from kimi_jax.weights.checkpoint import Checkpoint, open_checkpoint
+from kimi_jax.weights.reading import cores
 from tools.load_bench import raw
 from tools.load_bench.imports import TIMES, parts_of_an_import, timed_import
 from tools.load_bench.memory import memory_watched
@@ -28,15 +28,17 @@ def measure(
     say: Callable[[str], None],
     result: dict[str, Any],
     pages: Sequence[str] = PAGES,
+    reasons: bool = False,
 ) -> None:
-    """Everything, in the order of `pages`.
+    """Imports and raw reading, in the order of `pages`.
 
     Args:
         directory: of the checkpoint.
         ranks: where it is imported to.
-        say: told each of the two when it is in `result`.
+        say: told each line when it is in `result`.
         result: gets what was measured.
         pages: `cold`, `warm` or both.
+        reasons: of warm imports also what limits them.
     """
     checkpoint = open_checkpoint(directory)
     files = sorted({entry.file for entry in checkpoint.entries.values()})
@@ -51,8 +53,8 @@ def measure(
         "experts": checkpoint.config.n_routed_experts,
         "hidden": checkpoint.config.hidden_size,
         "devices": f"{ranks.count} × {jax.devices()[0].device_kind}",
-        "cores": os.cpu_count(),
-        "settings": {name: getattr(load, name) for name in TUNED},
+        "cores": cores(),
+        "settings": {name: getattr(load, name) for name in (*TUNED, "AHEAD")},
     }
     devices = jax.local_devices()[: ranks.count]
     link = None
@@ -60,12 +62,22 @@ def measure(
         link = result["link_gb_s"] = link_rate(devices)
     for name in pages:
         one = _cold if name == "cold" else _warm
-        rates, seconds, more = one(checkpoint, ranks, files, size)
-        result[name] = _ratios(rates, size / 1e9 / seconds, link) | more
-        result[name]["import_seconds"] = round(seconds, 2)
-        if name == "warm" and link is not None:
-            result[name]["beside_transfers"] = raw.read_beside_transfers(files, size, devices)
+        rates, seconds, memory = one(checkpoint, ranks, files, size)
+        result[name] = _ratios(rates, size / 1e9 / seconds, link)
+        result[name] |= {"import_seconds": round(seconds, 2), "beyond_baseline": memory}
         say(f"{name}: {json.dumps(result[name])}")
+    if reasons and "warm" in pages:
+        found: dict[str, Any] = {"parts": parts_of_an_import(checkpoint, ranks, size)}
+        result["reasons"] = found
+        threads = raw.ONE[0]
+        for mib in raw.BLOCKS_MIB:
+            found[f"{threads} × {mib} MiB displaced by bytes"] = {
+                by: round(size / 1e9 / raw.read_raw(files, threads, mib << 20, by), 2)
+                for by in raw.DISPLACED
+            }
+        if link is not None:
+            found["beside_transfers"] = raw.read_beside_transfers(files, size, devices)
+        say(f"reasons: {json.dumps(found)}")
 
 
 def use(text: str) -> None:
@@ -89,7 +101,7 @@ def _cold(
     memory: dict[str, Any] = {}
     with memory_watched(memory):
         seconds = timed_import(checkpoint, ranks)
-    return rates, seconds, {"beyond_baseline": memory}
+    return rates, seconds, memory
 
 
 def _warm(
@@ -100,19 +112,9 @@ def _warm(
     with memory_watched(memory):
         timed_import(checkpoint, ranks)
 
-    def rate(threads: int, mib: int, displaced: int = 0) -> float:
-        return size / 1e9 / raw.read_raw(files, threads, mib << 20, displaced)
-
     cases = [(threads, mib) for mib in raw.BLOCKS_MIB for threads in raw.THREADS]
-    rates = {case: rate(*case) for case in cases}
-    seconds = median(timed_import(checkpoint, ranks) for _ in range(TIMES))
-    displaced = {(raw.ONE[0], mib): rate(raw.ONE[0], mib, raw.DISPLACED) for mib in raw.BLOCKS_MIB}
-    more = {
-        "beyond_baseline": memory,
-        "parts": parts_of_an_import(checkpoint, ranks, size),
-        "displaced_gb_s": _named(displaced),
-    }
-    return rates, seconds, more
+    rates = {case: size / 1e9 / raw.read_raw(files, case[0], case[1] << 20) for case in cases}
+    return rates, median(timed_import(checkpoint, ranks) for _ in range(TIMES)), memory
 
 
 def _ratios(rates: Rates, rate: float, link: float | None) -> dict[str, Any]:
@@ -121,13 +123,9 @@ def _ratios(rates: Rates, rate: float, link: float | None) -> dict[str, Any]:
         block: max(r for (_, mib), r in rates.items() if mib == block) for _, block in rates
     }
     return {
-        "raw_gb_s": _named(rates),
+        "raw_gb_s": {f"{n} × {mib} MiB": round(r, 2) for (n, mib), r in rates.items()},
         "import_gb_s": round(rate, 2),
         "of_raw": round(rate / fastest, 2),
         "of_slower_of_raw_and_link": round(rate / min(fastest, link or fastest), 2),
         "of_raw_in_blocks_of_mib": {mib: round(rate / r, 2) for mib, r in by_block.items()},
     }
-
-
-def _named(rates: Rates) -> dict[str, float]:
-    return {f"{threads} × {mib} MiB": round(rate, 2) for (threads, mib), rate in rates.items()}

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from kimi_jax.weights.pieces import PAGE
+from kimi_jax.weights.reader import PAGE
 from tools.load_bench.transfers import sending
 
 THREADS = (8, 16, 24, 32)
 BLOCKS_MIB = (4, 16)
 ONE = (16, 16)  # threads, MiB of a block: where only one is measured
-DISPLACED = 1032  # bytes: not whole lines of the cache
+DISPLACED = (8, 40, 1032)  # bytes behind the place in a file's page
 
 
 def read_raw(files: list[Path], threads: int, block: int, displaced: int = 0) -> float:

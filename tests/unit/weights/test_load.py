@@ -11,11 +11,11 @@ import pytest
 from kimi_jax.errors import UserError
 from kimi_jax.parallel.mesh import make_mesh
 from kimi_jax.parallel.ranks import Ranks
-from kimi_jax.weights import load, pieces
+from kimi_jax.weights import load, pieces, placing
 from kimi_jax.weights.checkpoint import open_checkpoint
 from kimi_jax.weights.load import load_base
-from kimi_jax.weights.pieces import Piece, held_arrays, neighbours, pieces_of
-from kimi_jax.weights.reader import Files
+from kimi_jax.weights.pieces import Piece, held_arrays, in_file_order, neighbours, pieces_of
+from kimi_jax.weights.reader import PAGE, Files
 from tests.unit.support import change_shard, write_tiny_checkpoint
 
 EXPERTS = 16
@@ -126,6 +126,16 @@ def test_parts_begin_where_their_devices_do(checkpoint):
         assert replicas == {2 if spread else 8}
 
 
+@pytest.mark.parametrize("expert", [1, 8])
+def test_experts_that_are_written_as_int4(checkpoint, on_one, monkeypatch, expert):
+    """As on a GPU, where no second copy of the array may be made at the end."""
+    monkeypatch.setattr(load, "PIECE_BYTES", SMALL_PIECE)
+    monkeypatch.setattr(placing, "_as_words", lambda held: False)
+    ranks = load.ONE_DEVICE if expert == 1 else Ranks(expert, 1, make_mesh(expert))
+    for path, value in load_base(checkpoint, ranks=ranks).items():
+        assert_same(value, on_one[path], path)
+
+
 def moved(source, target, data_begins):
     """Copies a checkpoint so that the tensors of each file begin at this byte of a page."""
     shutil.copytree(source, target)
@@ -133,7 +143,7 @@ def moved(source, target, data_begins):
         content = path.read_bytes()
         length = int.from_bytes(content[:8], "little")
         text = content[8 : 8 + length].rstrip()
-        text += b" " * ((data_begins - 8 - len(text)) % pieces.PAGE)
+        text += b" " * ((data_begins - 8 - len(text)) % PAGE)
         path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
@@ -152,19 +162,92 @@ def test_wherever_tensors_begin_in_a_file(
     real, seen = Files.read, []
 
     def read(self, file, offset, into):
-        seen.append((offset, len(into[0]), np.frombuffer(into[0], np.uint8).ctypes.data))
-        real(self, file, offset, into)
+        for view in into:
+            seen.append((offset, view.nbytes, np.frombuffer(view, np.uint8).ctypes.data))
+            offset += view.nbytes
+        real(self, file, seen[-len(into)][0], into)
 
     monkeypatch.setattr(Files, "read", read)
     opened = open_checkpoint(tmp_path / "moved")
     ranks = load.ONE_DEVICE if expert == 1 else Ranks(expert, 1, make_mesh(expert))
     for path, value in load_base(opened, ranks=ranks).items():
         assert_same(value, on_one[path], path)
-    assert {entry.offset % pieces.PAGE for entry in opened.entries.values()} >= {data_begins}
+    assert {entry.offset % PAGE for entry in opened.entries.values()} >= {data_begins}
     large = [(offset, address) for offset, count, address in seen if count >= 500]
-    assert len(large) > 20
+    small = [(offset, address) for offset, count, address in seen if 16 < count < 500]
+    assert min(len(large), len(small)) > 20
     if data_begins % 8 == 0:  # else their items begin in the midst of a device's
-        assert all((address - offset) % pieces.PAGE == 0 for offset, address in large)
+        assert all((address - offset) % PAGE == 0 for offset, address in large)
+        assert all((address - offset) % pieces.LINE == 0 for offset, address in small)
+
+
+def test_a_slot_has_room_for_a_segment_wherever_it_begins():
+    for size in (*range(1, 300), *(pieces.LARGE + n for n in (-65, -64, -1, 0, 1, 4_095, 4_096))):
+        aligned = PAGE if size >= pieces.LARGE else pieces.LINE
+        slot = pieces.slot_bytes(size)
+        assert slot % aligned == 0
+        assert size + aligned - 1 <= slot < size + 2 * aligned
+
+
+def test_what_waits_to_be_placed_is_bounded(checkpoint, monkeypatch):
+    """Reading may be faster than placing, and what is sent takes memory of the devices."""
+    monkeypatch.setattr(load, "PIECE_BYTES", SMALL_PIECE)
+    sent = []
+
+    class Here:
+        def is_ready(self):
+            return True
+
+    class AtOnce:
+        """Has always read something more."""
+
+        def __init__(self, files, count):
+            self.tags = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def start(self, tag, memory, spans):
+            self.tags.append(tag)
+
+        def finished(self, timeout):
+            return [self.tags.pop(0)] if self.tags else []
+
+    def copy(view, device):
+        sent.append(view)
+        return Here()
+
+    monkeypatch.setattr(load, "Readers", AtOnce)
+    monkeypatch.setattr(load, "copy_to", copy)
+    monkeypatch.setattr(load.Portion, "check", lambda *_: None)
+    groups = neighbours(in_file_order(held_arrays(checkpoint, Ranks()), SMALL_PIECE), 4)
+    portions = [portion for group in groups for portion in load._portions(group)]
+    for given_out, _ in enumerate(load._sent(None, portions)):
+        assert len(sent) - given_out <= load.BUFFERS + 1
+    assert len(sent) == len(portions) > 20 * load.BUFFERS
+
+
+def test_portions_are_planned_ahead_and_taken_in_their_order(checkpoint):
+    groups = neighbours(in_file_order(held_arrays(checkpoint, Ranks()), SMALL_PIECE), 4)
+    portions = [portion for group in groups for portion in load._portions(group)][:7]
+    plans, taken = load._Plans(portions, 2), []
+    while plans:
+        while plans.wanted and len(taken) != 3:  # the fourth has to be planned when it is taken
+            plans.make()
+        assert plans.next_place == len(taken)
+        taken.append(plans.take())
+    assert [plan.portion for plan in taken] == portions
+    assert [plan.place for plan in taken] == list(range(7))
+    assert all(plan.shares for plan in taken)
+    plans = load._Plans(portions, 2)
+    made = 0
+    while plans.wanted:
+        plans.make()
+        made += 1
+    assert made == 2
 
 
 def test_pieces_of_one_size_as_sent_and_two_in_the_files_are_not_written_together(checkpoint):

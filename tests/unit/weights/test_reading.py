@@ -9,8 +9,7 @@ import pytest
 from kimi_jax.errors import UserError
 from kimi_jax.weights import reading
 from kimi_jax.weights.reader import Files, open_files
-from kimi_jax.weights.reading import Readers, cores, host_buffers
-from kimi_jax.weights.spans import Span, shares
+from kimi_jax.weights.reading import Readers, Span, cores, host_buffers, shares
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 10_000, np.uint8)
 

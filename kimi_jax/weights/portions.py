@@ -1,7 +1,6 @@
-"""Where the bytes of one piece stand in a checkpoint's files, and where they go to in a buffer."""
+"""What is read at a time: where it stands in a checkpoint's files, and where it goes to in a buffer."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,18 +8,11 @@ import numpy as np
 from kimi_jax.errors import UserError
 from kimi_jax.weights.pieces import Piece
 from kimi_jax.weights.reader import DTYPES, Entry
+from kimi_jax.weights.reading import Span
 
 
-class Span(NamedTuple):
-    """A file's bytes from `offset` on, and where they go: ranges of a buffer, one after the other."""
-
-    file: Path
-    offset: int
-    into: tuple[tuple[int, int], ...]
-
-
-class Reading(NamedTuple):
-    """One piece for the devices whose parts begin at row `start`.
+class Portion(NamedTuple):
+    """A piece for the devices whose parts begin at row `start`.
 
     A buffer holds the piece as it is sent, and behind it the tensors that say what shape it has.
     """
@@ -52,10 +44,11 @@ class Reading(NamedTuple):
     def spans(self) -> list[Span]:
         """Everything that is read, in the order of the files."""
         piece, found = self.piece, []
-        count, slot = piece.nbytes // piece.segments, piece.slot
+        count, slot = piece.segment_bytes, piece.slot
         sources = zip(piece.sources(self.start), piece.shifts(self.start), strict=True)
         for number, ((entry, begin), shift) in enumerate(sources):
             assert begin + count <= entry.nbytes
+            assert shift + count <= slot  # a device would take other bytes without a word
             place = number * slot + shift
             found.append(Span(entry.file, entry.offset + begin, ((place, place + count),)))
         place = piece.sent_bytes
@@ -84,32 +77,3 @@ class Reading(NamedTuple):
         """The piece in a buffer, as the devices get it."""
         view = buffer[: self.piece.sent_bytes].view(self.piece.held.dtype)
         return view.reshape(self.piece.shape)
-
-
-def shares(spans: Iterable[Span], nbytes: int) -> list[list[Span]]:
-    """Spans for one thread each: about so many bytes, longer ones cut, those that join in a file joined.
-
-    Args:
-        spans: in the order of their files.
-        nbytes: of a share; it is at most half as large again.
-    """
-    found: list[list[Span]] = []
-    size = end = 0  # of the last share: its bytes, and where its last span ends
-    most = 1.5 * nbytes
-    for file, offset, ranges in spans:
-        for begin, stop in ranges:
-            step = nbytes if stop - begin > most else stop - begin
-            for first in range(begin, stop, step):
-                part = (first, min(first + step, stop))
-                count = part[1] - first
-                if not found or size + count > most:
-                    found.append([])
-                    size = 0
-                share = found[-1]
-                if share and (share[-1].file, end) == (file, offset):
-                    share[-1] = Span(file, share[-1].offset, (*share[-1].into, part))
-                else:
-                    share.append(Span(file, offset, (part,)))
-                offset += count
-                size, end = size + count, offset
-    return found

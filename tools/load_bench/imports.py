@@ -52,8 +52,10 @@ class _NoWriters:
 def parts_of_an_import(checkpoint: Checkpoint, ranks: Ranks, size: int) -> dict[str, Any]:
     """GB/s of an import that only reads, that also sends, and that does everything.
 
-    Of each also the share of its time for which the threads are within a system call or wait for
-    Python's lock behind it, and GB/s of one thread in that time.
+    Of each also the share of its time for which the readers are within a system call or wait for
+    Python's lock behind it (`busy`), and for which they have a core (`copying`): what is between the two is
+    waiting, for the lock or for a core. And GB/s of one reader in either time, and the share for which the
+    thread that sends has a core.
     """
     unplaced: dict[str, Any] = {
         "Writers": _NoWriters,
@@ -67,25 +69,35 @@ def parts_of_an_import(checkpoint: Checkpoint, ranks: Ranks, size: int) -> dict[
         measured = []
         for _ in range(TIMES):
             busy: list[float] = []
+            copying: list[float] = []
+            own = time.thread_time()
             with ExitStack() as stack:
                 for attribute, other in others.items():
                     stack.enter_context(patch.object(load, attribute, other))
-                stack.enter_context(patch.object(Files, "read", _timed(Files.read, busy)))
+                timed = _timed(Files.read, busy, copying)
+                stack.enter_context(patch.object(Files, "read", timed))
                 seconds = timed_import(checkpoint, ranks)
-            measured.append((seconds, sum(busy)))
-        seconds, busy_seconds = sorted(measured)[len(measured) // 2]
+            own = time.thread_time() - own
+            measured.append((seconds, sum(busy), sum(copying), own))
+        seconds, busy_seconds, copying_seconds, own = sorted(measured)[len(measured) // 2]
         result[name] = {
             "gb_s": round(size / 1e9 / seconds, 2),
             "readers_busy": round(busy_seconds / load.READERS / seconds, 2),
-            "gb_s_of_a_reader": round(size / 1e9 / busy_seconds, 2),
+            "readers_copying": round(copying_seconds / load.READERS / seconds, 2),
+            "gb_s_of_a_busy_reader": round(size / 1e9 / busy_seconds, 2),
+            "gb_s_of_a_copying_reader": round(size / 1e9 / copying_seconds, 2),
+            "sender_on_a_core": round(own / seconds, 2),
         }
     return result
 
 
-def _timed(read: Callable[..., None], busy: list[float]) -> Callable[..., None]:
+def _timed(
+    read: Callable[..., None], busy: list[float], copying: list[float]
+) -> Callable[..., None]:
     def timed(*arguments: Any) -> None:
-        began = time.perf_counter()
+        began, own = time.perf_counter(), time.thread_time()
         read(*arguments)
+        copying.append(time.thread_time() - own)
         busy.append(time.perf_counter() - began)
 
     return timed

@@ -71,7 +71,7 @@ def main() -> None:
         seconds = [timed_import(checkpoint, ranks) for _ in range(3)][1:]  # the first compiles
         rates = [round(result["gb"] / second, 2) for second in seconds]
         result["others"].append({"settings": text, "import_gb_s": rates})
-        print(f"{text}: {rates}", flush=True)
+        say(f"{text}: {rates}")
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

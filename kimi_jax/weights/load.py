@@ -171,11 +171,12 @@ def _sent(
                         yield sent.popleft()
                     portion = in_hand.pop(number).portion
                     portion.check(buffers[number])
+                    view = portion.sent(buffers[number])
                     copies: list[Array] = []
                     # Before any copy is made: the buffer stays while there is one.
                     leaving.append((number, copies))
                     for device in portion.devices or (None,):
-                        copies.append(copy_to(portion.sent(buffers[number]), device))
+                        copies.append(copy_to(view, device))
                     sent.append((portion, copies))
                 if read:
                     continue

@@ -156,7 +156,7 @@ def _writer_of(group: Group, ranks: Ranks) -> "jax.stages.Wrapped":
     held = group[0].held
     stacked = bool(held.array.weight.stack)
     content = group[0].content
-    leaf = "value" if _as_words(held) else held.array.leaf
+    leaf = "value" if _as_words(held) else held.array.leaf  # words are written as they are
     return _writer(leaf, stacked, content, held.array.spec, held.piece_spec, ranks)
 
 

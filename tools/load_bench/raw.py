@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kimi_jax.weights.reader import PAGE
+from kimi_jax.weights.reading import host_buffers
 from tools.load_bench.transfers import sending
 
 THREADS = (8, 16, 24, 32)
@@ -19,7 +19,7 @@ DISPLACED = (8, 40, 1032)  # bytes behind the place in a file's page
 
 
 def read_raw(files: list[Path], threads: int, block: int, displaced: int = 0) -> float:
-    """Seconds to read all bytes of `files` in blocks of so many bytes.
+    """Seconds to read all bytes of `files` in blocks of so many bytes, into memory as imports use it.
 
     A block begins in its buffer where it begins in its file, within a page, or `displaced` bytes behind.
     """
@@ -28,28 +28,22 @@ def read_raw(files: list[Path], threads: int, block: int, displaced: int = 0) ->
     for descriptor in descriptors:
         for begin in range(0, os.fstat(descriptor).st_size, block):
             blocks.put((descriptor, begin))
-    buffers = [_on_a_page(block + displaced)[displaced:] for _ in range(threads)]
 
-    def work(buffer: np.ndarray) -> None:
-        while (block := blocks.get()) is not None:
-            os.preadv(block[0], [memoryview(buffer)], block[1])
+    def work(memory: np.ndarray) -> None:
+        buffer = memoryview(memory)[displaced : displaced + block]
+        while (wanted := blocks.get()) is not None:
+            os.preadv(wanted[0], [buffer], wanted[1])
 
     for _ in range(threads):
         blocks.put(None)
-    began = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, buffers))
-    seconds = time.perf_counter() - began
+    with host_buffers(threads, block + displaced) as buffers:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, buffers))
+        seconds = time.perf_counter() - began
     for descriptor in descriptors:
         os.close(descriptor)
     return seconds
-
-
-def _on_a_page(nbytes: int) -> np.ndarray:
-    """Memory that begins with a page and has been touched."""
-    memory = np.ones(nbytes + PAGE, np.uint8)
-    begin = -memory.ctypes.data % PAGE
-    return memory[begin : begin + nbytes]
 
 
 def read_beside_transfers(files: list[Path], size: int, devices: list[Any]) -> dict[str, Any]:

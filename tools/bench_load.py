@@ -11,7 +11,8 @@ processor's cache, with large ones they do not. Cold: the files' pages are dropp
 before. Warm also:
 
 - the parts of an import: only reading, sending too, everything;
-- raw reading of blocks to some bytes behind where they lie in a page of their file;
+- the files in blocks, read and sent to one device as an import does it, and not placed;
+- where the thread that sends spends its time in an import;
 - raw reading while other memory is sent to the devices, for an import does both at once.
 
 `--settings` are the import's (readers, buffers, MiB of a piece, MiB of a thread's share, pieces of a

@@ -9,7 +9,7 @@ another. Packed experts stay packed: their words are reinterpreted on the device
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +24,9 @@ from kimi_jax.weights.portions import Portion
 from kimi_jax.weights.reader import Files, open_files
 from kimi_jax.weights.reading import Readers, Span, cores, host_buffers, shares
 
-# LOG.md, 2026-11-28, has what others cost. Threads that read take cores from the one that sends, and
-# from the runtime's own; all of them wait for Python's lock, once for each share and each piece. All
-# buffers together should fit the processor's cache, which the devices then read from.
+# LOG.md, 2026-11-28 and 2026-11-30, has what others cost. Threads that read take cores from the one that
+# sends, and from the runtime's own; and a read buffer waits while that one plans, sends or writes another.
+# More buffers wait less, but leave the processor's cache, and then threads read slower.
 READERS = min(16, max(8, cores() - 4))  # threads; at least 8, for files that are not in memory
 BUFFERS = 3  # pieces that are between file and device
 PIECE_BYTES = 64 << 20  # of a buffer, if a single row is not larger
@@ -97,18 +97,19 @@ def load_base(
     arrays = held_arrays(checkpoint, ranks)
     base = empty_arrays(arrays)
     groups = neighbours(in_file_order(arrays, PIECE_BYTES), TOGETHER)
-    portions = [portion for group in groups for portion in _portions(group)]
-    total, done = sum(portion.nbytes for portion in portions), 0
+    in_groups = [_portions(group) for group in groups]
+    sizes = [sum(portion.nbytes for portion in portions) for portions in in_groups]
+    total, done = sum(sizes), 0
     files_used = {entry.file for entry in checkpoint.entries.values()}
     with (
         Writers(groups, ranks) as writers,
         open_files(files_used) as files,
-        closing(_sent(files, portions)) as sent,
+        closing(_sent(files, [*chain(*in_groups)])) as sent,
     ):
-        for group, pieces in _in_order(groups, sent):
-            path = group[0].held.array.path
-            base[path] = writers.write(base[path], pieces, group)
-            done += sum(portion.nbytes for portion in _portions(group))
+        for number, pieces in enumerate(_in_order(in_groups, sent)):
+            path = groups[number][0].held.array.path
+            base[path] = writers.write(number, base[path], pieces)
+            done += sizes[number]
             if progress is not None:
                 progress(done, total)
     for held in arrays:
@@ -125,17 +126,18 @@ def _portions(group: Sequence[Piece]) -> list[Portion]:
 
 
 def _in_order(
-    groups: Sequence[Sequence[Piece]], sent: Iterator[tuple[Portion, list[Array]]]
-) -> Iterator[tuple[Sequence[Piece], list[Array]]]:
-    """Groups all of whose pieces are sent, and these as arrays. Every process has them in this order."""
-    received: dict[tuple[int, int], list[Array]] = {}  # by piece and its part's first row
+    groups: Sequence[Sequence[Portion]], sent: Iterator[tuple[Portion, list[Array]]]
+) -> Iterator[list[Array]]:
+    """The pieces of each group as arrays, when all are sent. Every process has them in this order."""
+    received: dict[int, list[Array]] = {}  # by portion
     waiting = deque(groups)
     for portion, copies in sent:
-        received[id(portion.piece), portion.start] = copies
-        while waiting and all((id(p.piece), p.start) in received for p in _portions(waiting[0])):
-            group = waiting.popleft()
-            parts = [[received.pop((id(p), start)) for start in p.held.parts] for p in group]
-            yield group, [joined(p, [*chain(*each)]) for p, each in zip(group, parts, strict=True)]
+        received[id(portion)] = copies
+        while waiting and all(id(portion) in received for portion in waiting[0]):
+            yield [
+                joined(piece, [*chain(*(received.pop(id(portion)) for portion in parts))])
+                for piece, parts in groupby(waiting.popleft(), lambda portion: portion.piece)
+            ]
 
 
 def _sent(
@@ -146,7 +148,7 @@ def _sent(
     A buffer that waits to be read into or to be sent costs time. So a portion is given out, to be placed,
     and the next one planned, when none does; or when as many wait to be placed as there are buffers.
     """
-    largest = max(portion.buffer_bytes for portion in portions)
+    largest = max(portion.nbytes for portion in portions)
     in_hand: dict[int, _Plan] = {}  # by the buffer that it is read into, the oldest first
     leaving: deque[tuple[int, list[Array]]] = deque()
     sent: deque[tuple[Portion, list[Array]]] = deque()

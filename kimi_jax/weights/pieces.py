@@ -3,15 +3,12 @@
 A piece has the same place in every device's part of an array; the parts begin at different rows
 (experts, where there are experts). Devices of this process whose parts begin at the same row are
 served by one reading.
-
-Tensors begin anywhere in a file. The system copies memory fastest to where it lies in a page as it did;
-some processors take five times as long to a few bytes behind (LOG.md, 2026-11-28). So a piece is sent as
-slots that have room for that, and the device takes what it needs out of them.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -24,10 +21,7 @@ from kimi_jax.parallel.ranks import Ranks
 from kimi_jax.parallel.sharding import local_shape
 from kimi_jax.weights.checkpoint import Checkpoint
 from kimi_jax.weights.names import Part
-from kimi_jax.weights.reader import DTYPES, PAGE, Entry
-
-LARGE = 16 * PAGE  # bytes of a segment from which on it lies as in its file within a page
-LINE = 64  # bytes of the processor's cache, within which smaller ones do
+from kimi_jax.weights.reader import DTYPES, Entry
 
 _PART: dict[Leaf, Part] = {"value": "value", "values": "packed", "scale": "scale"}
 
@@ -71,32 +65,21 @@ class Held:
         """Of the file."""
         return np.dtype(DTYPES[self.tensors[0][0].dtype])
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Of one row of the file."""
         return math.prod(self.row_shape) * self.dtype.itemsize
 
     @property
     def piece_spec(self) -> PartitionSpec:
-        """Of a piece [segments, items]: each device's are its own, or all have the same."""
+        """Of a piece [layers, rows, …]: its rows lie where the array's lie."""
         spec = self.array.spec
         rows_at = 1 if self.array.weight.stack else 0
-        return PartitionSpec(spec[rows_at] if len(spec) > rows_at else None)
-
-    @property
-    def starts(self) -> range:
-        """First rows of all devices' parts, other processes' too."""
-        axis, count = self.piece_spec[0], 1
-        if self.sharding is not None and isinstance(axis, str):
-            count = self.sharding.mesh.shape[axis]
-        return range(0, count * self.rows, self.rows)
+        return PartitionSpec(None, spec[rows_at] if len(spec) > rows_at else None)
 
 
 class Piece(NamedTuple):
-    """Some layers of a part and all its rows, or some rows of one layer; counted within the part.
-
-    A segment is what lies side by side in a file: an expert, or the piece's rows of a layer.
-    """
+    """Some layers of a part and all its rows, or some rows of one layer; counted within the part."""
 
     held: Held
     layer: int
@@ -105,66 +88,26 @@ class Piece(NamedTuple):
     rows: int
 
     @property
-    def content(self) -> tuple[int, ...]:
-        """Shape of one device's piece without the slots: as the file has it."""
+    def shape(self) -> tuple[int, ...]:
+        """Of one device's piece, as the file has it."""
         return (self.layers, self.rows, *self.held.row_shape)
 
     @property
     def nbytes(self) -> int:
-        """Of one device's piece, in the files."""
+        """Of one device's piece."""
         return self.layers * self.rows * self.held.row_bytes
 
-    @property
-    def segments(self) -> int:
-        """Of one device's piece."""
-        return self.layers * self.rows if self.held.by_expert else self.layers
+    def sources(self, start: int) -> list[tuple[Entry, int, int]]:
+        """What a piece is made of, for devices whose parts begin at row `start`: tensor, first byte, bytes.
 
-    @property
-    def segment_bytes(self) -> int:
-        """Of each segment."""
-        return self.nbytes // self.segments
-
-    @property
-    def slot(self) -> int:
-        """Bytes from a segment's place to the next one's, if both are shifted alike."""
-        return slot_bytes(self.segment_bytes)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of one device's piece as it is sent: slots, and items of a slot."""
-        return self.segments, self.slot // self.held.dtype.itemsize
-
-    @property
-    def sent_bytes(self) -> int:
-        """Of one device's piece as it is sent."""
-        return self.segments * self.slot
-
-    def sources(self, start: int) -> list[tuple[Entry, int]]:
-        """Tensor and first byte in it of each segment, for devices whose parts begin at row `start`."""
-        first = start + self.row
+        One expert each, or of each layer the piece's rows.
+        """
+        first, row_bytes = start + self.row, self.held.row_bytes
         layers = self.held.tensors[self.layer : self.layer + self.layers]
         if self.held.by_expert:
-            return [(entry, 0) for layer in layers for entry in layer[first : first + self.rows]]
-        return [(layer[0], first * self.held.row_bytes) for layer in layers]
-
-    def shifts(self, start: int) -> list[int]:
-        """Bytes by which each segment lies behind the beginning of its slot: as it does in the file.
-
-        Whole items: what a file has in the midst of one lies at the beginning.
-        """
-        aligned, item = _aligned(self.segment_bytes), self.held.dtype.itemsize
-        found = [(entry.offset + begin) % aligned for entry, begin in self.sources(start)]
-        return [0 if shift % item else shift for shift in found]
-
-
-def slot_bytes(segment: int) -> int:
-    """Bytes that have room for a segment of so many, wherever it begins."""
-    aligned = _aligned(segment)
-    return -(-(segment + aligned - 1) // aligned) * aligned
-
-
-def _aligned(segment: int) -> int:
-    return PAGE if segment >= LARGE else LINE
+            rows = slice(first, first + self.rows)
+            return [(entry, 0, row_bytes) for layer in layers for entry in layer[rows]]
+        return [(layer[0], first * row_bytes, self.rows * row_bytes) for layer in layers]
 
 
 def held_arrays(checkpoint: Checkpoint, ranks: Ranks) -> list[Held]:
@@ -184,20 +127,18 @@ def held_arrays(checkpoint: Checkpoint, ranks: Ranks) -> list[Held]:
 
 
 def pieces_of(held: Held, at_most: int) -> Iterator[Piece]:
-    """Covers one device's part of an array with pieces of about `at_most` bytes as sent, or one row."""
+    """Covers one device's part of an array with pieces of about `at_most` bytes, or one row."""
     layers = len(held.tensors)
-    layer = held.rows * held.row_bytes
-    sent = held.rows * slot_bytes(held.row_bytes) if held.by_expert else slot_bytes(layer)
-    if sent <= at_most:
-        together = _equal_parts(layers, max(1, at_most // max(1, sent)))
-        for first in range(0, layers, together):
-            yield Piece(held, first, min(together, layers - first), 0, held.rows)
+    layer_bytes = held.rows * held.row_bytes
+    if layer_bytes <= at_most:
+        together = _equal_parts(layers, max(1, at_most // max(1, layer_bytes)))
+        for layer in range(0, layers, together):
+            yield Piece(held, layer, min(together, layers - layer), 0, held.rows)
         return
-    row = slot_bytes(held.row_bytes) if held.by_expert else held.row_bytes
-    together = _equal_parts(held.rows, max(1, at_most // row))
-    for first in range(layers):
-        for begin in range(0, held.rows, together):
-            yield Piece(held, first, 1, begin, min(together, held.rows - begin))
+    together = _equal_parts(held.rows, max(1, at_most // held.row_bytes))
+    for layer in range(layers):
+        for row in range(0, held.rows, together):
+            yield Piece(held, layer, 1, row, min(together, held.rows - row))
 
 
 def in_file_order(arrays: Sequence[Held], at_most: int) -> list[Piece]:
@@ -208,9 +149,9 @@ def in_file_order(arrays: Sequence[Held], at_most: int) -> list[Piece]:
 
 
 def neighbours(pieces: Sequence[Piece], at_most: int) -> list[list[Piece]]:
-    """Pieces that follow each other in a layer of an array, at most so many together, equal in size."""
+    """Pieces that follow each other in a layer of an array, at most so many together, equal in shape."""
     groups = []
-    for _, alike in groupby(pieces, lambda piece: (id(piece.held), piece.layer, piece.content)):
+    for _, alike in groupby(pieces, lambda piece: (id(piece.held), piece.layer, piece.shape)):
         run = list(alike)
         size = _equal_parts(len(run), at_most)
         groups += [run[begin : begin + size] for begin in range(0, len(run), size)]

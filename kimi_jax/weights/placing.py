@@ -1,6 +1,5 @@
 """Arrays of the base model on their devices: made empty, then written in place, some pieces at a time."""
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -58,14 +57,15 @@ class Writers:
     """
 
     def __init__(self, groups: Sequence[Group], ranks: Ranks) -> None:
-        self._ranks = ranks
+        self._groups = groups
         self._pool = ThreadPoolExecutor(COMPILERS)
-        self._compiled: dict[Any, Future[Any]] = {}
+        compiled: dict[Any, tuple[jax.stages.Wrapped, Future[Any]]] = {}
         for group in groups:
-            if (program := _program(group)) not in self._compiled:
+            if (program := _program(group)) not in compiled:
                 # Made here: two threads would make two, and JAX keeps programs by these.
-                _writer_of(group, ranks)
-                self._compiled[program] = self._pool.submit(_compile, group, ranks)
+                writer = _writer_of(group, ranks)
+                compiled[program] = writer, self._pool.submit(_compile, group, ranks)
+        self._programs = [compiled[_program(group)] for group in groups]
 
     def __enter__(self) -> Self:
         return self
@@ -73,17 +73,24 @@ class Writers:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def write(self, array: Array, pieces: Sequence[Array], group: Group) -> Array:
-        """`array` with the pieces of `group` in their places; the array that is given is used up."""
-        self._compiled[_program(group)].result()
-        return _writer_of(group, self._ranks)(array, tuple(pieces), *_places(group))
+    def write(self, number: int, array: Array, pieces: Sequence[Array]) -> Array:
+        """`array` with the pieces of a group in their places; the array that is given is used up.
+
+        Args:
+            number: of the group, among all.
+            array: the one that they belong to.
+            pieces: of the group.
+        """
+        writer, compiled = self._programs[number]
+        compiled.result()
+        return writer(array, tuple(pieces), _places(self._groups[number]))
 
 
 def _program(group: Group) -> tuple[Any, ...]:
     """What groups that the same program writes have in common."""
     held = group[0].held
     array = (held.array.leaf, held.array.spec, *_stored(held))
-    return *array, group[0].content, group[0].shape, held.piece_spec, held.dtype, len(group)
+    return *array, group[0].shape, held.piece_spec, held.dtype, len(group)
 
 
 def _compile(group: Group, ranks: Ranks) -> None:
@@ -100,26 +107,23 @@ def lowered(group: Group, ranks: Ranks) -> "jax.stages.Lowered":
     where = None if sharding is None else NamedSharding(sharding.mesh, held.piece_spec)
     array = jax.ShapeDtypeStruct(*_stored(held), sharding=sharding)
     piece = jax.ShapeDtypeStruct(_shape(group[0]), held.dtype, sharding=where)
-    return _writer_of(group, ranks).lower(array, (piece,) * len(group), *_places(group))
+    return _writer_of(group, ranks).lower(array, (piece,) * len(group), _places(group))
 
 
-def _places(group: Group) -> tuple[np.ndarray, np.ndarray]:
-    """Where pieces go to, and where they lie in what is sent.
-
-    (layer, row) of each piece, or (row,) where layers are not stacked, and for each device's part items
-    by which segments are shifted, [parts, pieces, segments].
-    """
-    held = group[0].held
-    stacked = bool(held.array.weight.stack)
+def _places(group: Group) -> np.ndarray:
+    """(layer, row) of each piece, or (row,) where layers are not stacked."""
+    stacked = bool(group[0].held.array.weight.stack)
     places = [(piece.layer, piece.row) if stacked else (piece.row,) for piece in group]
-    shifts = [[piece.shifts(start) for piece in group] for start in held.starts]
-    return np.asarray(places, np.int32), np.asarray(shifts, np.int32) // held.dtype.itemsize
+    return np.asarray(places, np.int32)
 
 
 def _shape(piece: Piece) -> tuple[int, ...]:
     """Of a piece on all its devices."""
-    segments, items = piece.shape
-    return (len(piece.held.starts) * segments, items)
+    held = piece.held
+    axis, parts = held.piece_spec[1], 1
+    if held.sharding is not None and isinstance(axis, str):
+        parts = held.sharding.mesh.shape[axis]
+    return (piece.layers, parts * piece.rows, *held.row_shape)
 
 
 def _stored(held: Held) -> tuple[tuple[int, ...], Any]:
@@ -155,28 +159,18 @@ def _zeros(
 def _writer_of(group: Group, ranks: Ranks) -> "jax.stages.Wrapped":
     held = group[0].held
     stacked = bool(held.array.weight.stack)
-    content = group[0].content
     leaf = "value" if _as_words(held) else held.array.leaf  # words are written as they are
-    return _writer(leaf, stacked, content, held.array.spec, held.piece_spec, ranks)
+    return _writer(leaf, stacked, held.array.spec, held.piece_spec, ranks)
 
 
 @cache
 def _writer(
-    leaf: Leaf,
-    stacked: bool,
-    content: tuple[int, ...],
-    spec: PartitionSpec,
-    piece_spec: PartitionSpec,
-    ranks: Ranks,
+    leaf: Leaf, stacked: bool, spec: PartitionSpec, piece_spec: PartitionSpec, ranks: Ranks
 ) -> "jax.stages.Wrapped":
-    """`(array, pieces, places, shifts) -> array`, in place: each device writes its own pieces.
+    """`(array, pieces, (layer, row) of each) -> array`, in place: each device writes its own pieces."""
 
-    `content` is a device's piece [layers, rows, …]; places and shifts are those of `_places`.
-    """
-
-    def write(array: Array, pieces: tuple[Array, ...], places: Array, shifts: Array) -> Array:
-        for number, slots in enumerate(pieces):
-            piece = _taken_out(slots, shifts[0, number], content)
+    def write(array: Array, pieces: tuple[Array, ...], places: Array) -> Array:
+        for number, piece in enumerate(pieces):
             if leaf == "values":
                 piece = words_to_int4(piece)
             elif leaf == "scale":
@@ -187,12 +181,5 @@ def _writer(
             array = jax.lax.dynamic_update_slice(array, piece, start)
         return array
 
-    placed = ranks.run(write, (spec, piece_spec, REPLICATED, piece_spec), spec)
+    placed = ranks.run(write, (spec, piece_spec, REPLICATED), spec)
     return jax.jit(placed, donate_argnums=0)
-
-
-def _taken_out(slots: Array, shifts: Array, content: tuple[int, ...]) -> Array:
-    """A device's piece out of its slots, without what is before and behind each segment."""
-    items = math.prod(content) // slots.shape[0]
-    taken = jax.vmap(lambda slot, shift: jax.lax.dynamic_slice(slot, (shift,), (items,)))
-    return taken(slots, shifts).reshape(content)

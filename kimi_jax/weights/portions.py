@@ -14,7 +14,7 @@ from kimi_jax.weights.reading import Span
 class Portion(NamedTuple):
     """A piece for the devices whose parts begin at row `start`.
 
-    A buffer holds the piece as it is sent, and behind it the tensors that say what shape it has.
+    A buffer holds the piece, and behind it the tensors that say what shape it has.
     """
 
     piece: Piece
@@ -23,13 +23,8 @@ class Portion(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the files."""
+        """Of the files, and of the buffer that they are read into."""
         return self.piece.nbytes + sum(entry.nbytes for _, entry in self.checks)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Of the buffer that it is read into."""
-        return self.piece.sent_bytes + sum(entry.nbytes for _, entry in self.checks)
 
     @property
     def checks(self) -> list[tuple[str, Entry]]:
@@ -43,18 +38,14 @@ class Portion(NamedTuple):
 
     def spans(self) -> list[Span]:
         """Everything that is read, in the order of the files."""
-        piece, found = self.piece, []
-        count, slot = piece.segment_bytes, piece.slot
-        sources = zip(piece.sources(self.start), piece.shifts(self.start), strict=True)
-        for number, ((entry, begin), shift) in enumerate(sources):
+        sources = self.piece.sources(self.start)
+        sources += [(entry, 0, entry.nbytes) for _, entry in self.checks]
+        found, place = [], 0
+        for entry, begin, count in sources:
             assert begin + count <= entry.nbytes
-            assert shift + count <= slot  # a device would take other bytes without a word
-            place = number * slot + shift
             found.append(Span(entry.file, entry.offset + begin, ((place, place + count),)))
-        place = piece.sent_bytes
-        for _, entry in self.checks:
-            found.append(Span(entry.file, entry.offset, ((place, place + entry.nbytes),)))
-            place += entry.nbytes
+            place += count
+        assert place == self.nbytes
         return sorted(found)
 
     def check(self, buffer: np.ndarray) -> None:
@@ -64,7 +55,7 @@ class Portion(NamedTuple):
             UserError: they differ.
         """
         expected = list(self.piece.held.array.weight.shape[1:])
-        place = self.piece.sent_bytes
+        place = self.piece.nbytes
         for name, entry in self.checks:
             found = buffer[place : place + entry.nbytes].view(DTYPES[entry.dtype]).tolist()
             place += entry.nbytes
@@ -74,6 +65,6 @@ class Portion(NamedTuple):
                 )
 
     def sent(self, buffer: np.ndarray) -> np.ndarray:
-        """The piece in a buffer, as the devices get it."""
-        view = buffer[: self.piece.sent_bytes].view(self.piece.held.dtype)
+        """The piece in a buffer."""
+        view = buffer[: self.piece.nbytes].view(self.piece.held.dtype)
         return view.reshape(self.piece.shape)

@@ -237,10 +237,12 @@ def _weight_map(index_path: Path) -> dict[str, str]:
         raise UserError(
             f"{index_path}: not an index with an object weight_map: {error!r}"
         ) from error
+    shards = {shard for shard in weight_map.values() if isinstance(shard, str)}
+    plain = {shard for shard in shards - {"", ".", ".."} if Path(shard).name == shard}
     outside = [
         f"{name}: {shard!r}"
         for name, shard in weight_map.items()
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", "..")
+        if not isinstance(shard, str) or shard not in plain
     ]
     if outside:
         raise UserError(

@@ -1,18 +1,23 @@
-"""Whole imports, and how far an import comes that does only a part."""
+"""Whole imports, how far an import comes that does only a part, and where its time goes."""
 
 import gc
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import jax
+import numpy as np
 
 from kimi_jax.parallel.ranks import Ranks
 from kimi_jax.weights import load
 from kimi_jax.weights.checkpoint import Checkpoint
-from kimi_jax.weights.reader import Files
+from kimi_jax.weights.portions import Portion
+from kimi_jax.weights.reader import Files, open_files
+from kimi_jax.weights.reading import Span
 
 TIMES = 3  # of a warm import; the median counts
 
@@ -45,8 +50,70 @@ class _NoWriters:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def write(self, array: Any, *_: object) -> Any:
+    def write(self, number: int, array: Any, *_: object) -> Any:
         return array
+
+
+class _Block(NamedTuple):
+    """In place of a portion: a part of a file as it is, for one device."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    devices: Sequence[Any] = ()
+
+    def spans(self) -> list[Span]:
+        return [Span(self.file, self.offset, ((0, self.nbytes),))]
+
+    def check(self, buffer: np.ndarray) -> None: ...
+
+    def sent(self, buffer: np.ndarray) -> np.ndarray:
+        return buffer[: self.nbytes]
+
+
+def timed_blocks(files: Sequence[Path]) -> float:
+    """Seconds to read files and send them to a device as an import does, but in blocks and to no place."""
+    blocks: list[Any] = [
+        _Block(file, begin, min(load.PIECE_BYTES, size - begin))
+        for file in files
+        for size in [file.stat().st_size]
+        for begin in range(0, size, load.PIECE_BYTES)
+    ]
+    began = time.perf_counter()
+    with open_files(files) as opened, closing(load._sent(opened, blocks)) as sent:
+        deque(sent, maxlen=0)  # it ends when all have arrived
+    return time.perf_counter() - began
+
+
+def steps_of_an_import(checkpoint: Checkpoint, ranks: Ranks) -> dict[str, float]:
+    """Seconds that the thread that sends spends on each step, and that it waits for readers or devices."""
+    steps = {
+        "plan": (load._Plans, "make"),
+        "start": (load.Readers, "start"),
+        "wait": (load.Readers, "finished"),
+        "check": (Portion, "check"),
+        "send": (load, "copy_to"),
+        "join": (load, "joined"),
+        "write": (load.Writers, "write"),
+    }
+    spent = dict.fromkeys(steps, 0.0)
+    with ExitStack() as stack:
+        for name, (owner, attribute) in steps.items():
+            added = _added(getattr(owner, attribute), spent, name)
+            stack.enter_context(patch.object(owner, attribute, added))
+        spent["all"] = timed_import(checkpoint, ranks)
+    return {name: round(seconds, 3) for name, seconds in spent.items()}
+
+
+def _added(call: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
+    def timed(*arguments: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            spent[name] += time.perf_counter() - began
+
+    return timed
 
 
 def parts_of_an_import(checkpoint: Checkpoint, ranks: Ranks, size: int) -> dict[str, Any]:

@@ -14,7 +14,13 @@ from kimi_jax.weights import load
 from kimi_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from kimi_jax.weights.reading import cores
 from tools.load_bench import raw
-from tools.load_bench.imports import TIMES, parts_of_an_import, timed_import
+from tools.load_bench.imports import (
+    TIMES,
+    parts_of_an_import,
+    steps_of_an_import,
+    timed_blocks,
+    timed_import,
+)
 from tools.load_bench.memory import memory_watched
 from tools.load_bench.transfers import link_rate
 
@@ -69,12 +75,9 @@ def measure(
     if reasons and "warm" in pages:
         found: dict[str, Any] = {"parts": parts_of_an_import(checkpoint, ranks, size)}
         result["reasons"] = found
-        threads = raw.ONE[0]
-        for mib in raw.BLOCKS_MIB:
-            found[f"{threads} × {mib} MiB displaced by bytes"] = {
-                by: round(size / 1e9 / raw.read_raw(files, threads, mib << 20, by), 2)
-                for by in raw.DISPLACED
-            }
+        seconds = median(timed_blocks(files) for _ in range(TIMES))
+        found["blocks sent"] = {"gb_s": round(size / 1e9 / seconds, 2)}
+        found["steps"] = steps_of_an_import(checkpoint, ranks)
         if link is not None:
             found["beside_transfers"] = raw.read_beside_transfers(files, size, devices)
         say(f"reasons: {json.dumps(found)}")

@@ -15,14 +15,10 @@ from tools.load_bench.transfers import sending
 THREADS = (8, 16, 24, 32)
 BLOCKS_MIB = (4, 16)
 ONE = (16, 16)  # threads, MiB of a block: where only one is measured
-DISPLACED = (8, 40, 1032)  # bytes behind the place in a file's page
 
 
-def read_raw(files: list[Path], threads: int, block: int, displaced: int = 0) -> float:
-    """Seconds to read all bytes of `files` in blocks of so many bytes, into memory as imports use it.
-
-    A block begins in its buffer where it begins in its file, within a page, or `displaced` bytes behind.
-    """
+def read_raw(files: list[Path], threads: int, block: int) -> float:
+    """Seconds to read all bytes of `files` in blocks of so many bytes, into memory as imports use it."""
     blocks: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
     descriptors = [os.open(path, os.O_RDONLY) for path in files]
     for descriptor in descriptors:
@@ -30,13 +26,13 @@ def read_raw(files: list[Path], threads: int, block: int, displaced: int = 0) ->
             blocks.put((descriptor, begin))
 
     def work(memory: np.ndarray) -> None:
-        buffer = memoryview(memory)[displaced : displaced + block]
+        buffer = memoryview(memory)[:block]
         while (wanted := blocks.get()) is not None:
             os.preadv(wanted[0], [buffer], wanted[1])
 
     for _ in range(threads):
         blocks.put(None)
-    with host_buffers(threads, block + displaced) as buffers:
+    with host_buffers(threads, block) as buffers:
         began = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, buffers))

@@ -91,9 +91,9 @@ def test_pieces_land_where_they_belong(checkpoint):
     base = placing.empty_arrays([held])[held.array.path]
     expected = np.zeros((len(held.tensors), held.rows, *held.row_shape), np.float32)
     with placing.Writers(mine, ranks) as writers:
-        for number, group in enumerate(mine, 1):
-            pieces = [np.full(p.shape, number, held.dtype) for p in group]
-            base = writers.write(base, [jax.device_put(piece) for piece in pieces], group)
+        for number, group in enumerate(mine):
+            pieces = [np.full(p.shape, number + 1, held.dtype) for p in group]
+            base = writers.write(number, base, [jax.device_put(piece) for piece in pieces])
             for p in group:
-                expected[p.layer : p.layer + p.layers, p.row : p.row + p.rows] = number
+                expected[p.layer : p.layer + p.layers, p.row : p.row + p.rows] = number + 1
     assert (np.asarray(base, np.float32) == np.swapaxes(expected, -1, -2)).all()

@@ -35,7 +35,7 @@ DTYPES: dict[str, Any] = {
     "I64": np.int64,
     "BOOL": np.bool_,
 }
-PAGE = 4096  # bytes, of memory and of files in it
+_LONGEST_NAME = 255  # bytes of a file's name: NAME_MAX of Linux
 _VIEWS_AT_ONCE = 1024  # of one system call: IOV_MAX of Linux
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
@@ -238,7 +238,7 @@ def _weight_map(index_path: Path) -> dict[str, str]:
             f"{index_path}: not an index with an object weight_map: {error!r}"
         ) from error
     shards = {shard for shard in weight_map.values() if isinstance(shard, str)}
-    plain = {shard for shard in shards - {"", ".", ".."} if Path(shard).name == shard}
+    plain = {shard for shard in shards if _is_file_name(shard)}
     outside = [
         f"{name}: {shard!r}"
         for name, shard in weight_map.items()
@@ -249,3 +249,10 @@ def _weight_map(index_path: Path) -> dict[str, str]:
             listing(f"{index_path}: shards must be plain file names beside the index", outside)
         )
     return weight_map
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether a file may be called so: no way to elsewhere, nothing that systems refuse."""
+    if not text.isprintable() or len(text.encode()) > _LONGEST_NAME:
+        return False
+    return text not in ("", ".", "..") and Path(text).name == text

@@ -16,7 +16,9 @@ from typing import NamedTuple, Self
 import jax
 import numpy as np
 
-from kimi_jax.weights.reader import PAGE, Files
+from kimi_jax.weights.reader import Files
+
+PAGE = 4096  # bytes, of memory: where a buffer begins
 
 
 class Span(NamedTuple):

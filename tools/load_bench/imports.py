@@ -86,11 +86,15 @@ def timed_blocks(files: Sequence[Path]) -> float:
 
 
 def steps_of_an_import(checkpoint: Checkpoint, ranks: Ranks) -> dict[str, float]:
-    """Seconds that the thread that sends spends on each step, and that it waits for readers or devices."""
+    """Seconds that the thread that sends spends on each step, and that it waits for readers and for devices.
+
+    The rest is between the steps, and what is made before them: buffers, empty arrays, programs.
+    """
     steps = {
         "plan": (load._Plans, "make"),
         "start": (load.Readers, "start"),
-        "wait": (load.Readers, "finished"),
+        "wait for readers": (load.Readers, "finished"),
+        "wait for devices": (jax, "block_until_ready"),
         "check": (Portion, "check"),
         "send": (load, "copy_to"),
         "join": (load, "joined"),
@@ -101,7 +105,8 @@ def steps_of_an_import(checkpoint: Checkpoint, ranks: Ranks) -> dict[str, float]
         for name, (owner, attribute) in steps.items():
             added = _added(getattr(owner, attribute), spent, name)
             stack.enter_context(patch.object(owner, attribute, added))
-        spent["all"] = timed_import(checkpoint, ranks)
+        seconds = timed_import(checkpoint, ranks)
+    spent |= {"rest": seconds - sum(spent.values()), "all": seconds}
     return {name: round(seconds, 3) for name, seconds in spent.items()}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from kimi_jax.errors import UserError
 from tools.step_bench.machine import seconds_since_start
 
 NOT_RUN, RUNNING, DONE, SKIPPED = "not run", "running", "done", "skipped"
@@ -75,7 +76,8 @@ def run_sections(
             console.print(f"{name} was skipped: {reason}", markup=False)
         except Exception as error:
             found |= {"state": FAILED} | told(error)
-            print(found["traceback"], flush=True)
+            refused = isinstance(error, UserError)
+            print(str(error) if refused else found["traceback"], flush=True)
         found["seconds"] = time.perf_counter() - began
         record.save()
         if number < len(names) and _sick(found.get("error", "")):

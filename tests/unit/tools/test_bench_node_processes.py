@@ -8,6 +8,7 @@ import jax
 import pytest
 from rich.console import Console
 
+from kimi_jax.errors import UserError
 from tools import bench_node
 from tools.node_bench.ahead import environment
 from tools.node_bench.record import SICK, Record, Skipped, run_sections
@@ -39,6 +40,17 @@ def test_sections_that_fail_let_the_others_run(tmp_path):
     assert (found["a"]["half"], found["a"]["error"]) == (1, "ValueError: no good")
     assert "failing" in found["a"]["traceback"]
     assert headline("a", found["a"]) == "ValueError: no good"
+
+
+def test_what_is_refused_is_said_without_a_traceback(tmp_path, capsys):
+    record = Record(tmp_path / "found.json")
+
+    def refused(found):
+        raise UserError("The run cannot fit\n  - scales: 7 GiB")
+
+    assert run_sections(["a"], {"a": refused}, record, QUIET) == 0
+    assert capsys.readouterr().out == "The run cannot fit\n  - scales: 7 GiB\n"
+    assert record.sections["a"]["state"] == "failed"
 
 
 def test_a_sick_device_gets_a_new_process(tmp_path):

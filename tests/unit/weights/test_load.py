@@ -14,8 +14,9 @@ from kimi_jax.parallel.ranks import Ranks
 from kimi_jax.weights import load, placing
 from kimi_jax.weights.checkpoint import open_checkpoint
 from kimi_jax.weights.load import load_base
-from kimi_jax.weights.pieces import held_arrays, in_file_order, neighbours, pieces_of
-from kimi_jax.weights.reader import PAGE, Files
+from kimi_jax.weights.pieces import Piece, held_arrays, in_file_order, neighbours, pieces_of
+from kimi_jax.weights.reader import Files
+from kimi_jax.weights.reading import PAGE
 from tests.unit.support import change_shard, write_tiny_checkpoint
 
 EXPERTS = 16
@@ -216,6 +217,41 @@ def test_portions_are_planned_ahead_and_taken_in_their_order(checkpoint):
         plans.make()
         made += 1
     assert made == 2
+
+
+def test_pieces_of_two_sizes_are_not_written_together(checkpoint):
+    """A program writes pieces of one shape."""
+    for held in held_arrays(checkpoint, Ranks()):
+        if held.rows >= 5:
+            pieces = [Piece(held, 0, 1, 0, 2), Piece(held, 0, 1, 2, 2), Piece(held, 0, 1, 4, 1)]
+            assert neighbours(pieces, 4) == [pieces[:2], pieces[2:]]
+
+
+def test_shapes_of_experts_in_two_integer_types(tmp_path):
+    """The public files have 32 bits, the writing library 64: what stands behind a piece differs in length."""
+    directory = tmp_path / "checkpoint"
+    write_tiny_checkpoint(directory, n_routed_experts=EXPERTS)
+    expected = {
+        path: np.asarray(value) for path, value in load_base(open_checkpoint(directory)).items()
+    }
+    names = []
+
+    def change(tensors):
+        found = [name for name in tensors if name.endswith("weight_shape")]
+        for name in found[::2]:
+            wide = np.int64 if tensors[name].dtype == np.int32 else np.int32
+            tensors[name] = tensors[name].astype(wide)
+            names.append(name)
+
+    change_shard(directory, change)
+    opened = open_checkpoint(directory)
+    assert {entry.nbytes for name, entry in opened.entries.items() if "weight_shape" in name} == {
+        8,
+        16,
+    }
+    for path, value in load_base(opened).items():
+        assert_same(value, expected[path], path)
+    assert names
 
 
 @pytest.mark.parametrize("at_most", [1, 100, SMALL_PIECE, 1 << 20])

@@ -59,13 +59,15 @@ class Writers:
     def __init__(self, groups: Sequence[Group], ranks: Ranks) -> None:
         self._groups = groups
         self._pool = ThreadPoolExecutor(COMPILERS)
-        compiled: dict[Any, tuple[jax.stages.Wrapped, Future[Any]]] = {}
+        self._programs: list[tuple[jax.stages.Wrapped, Future[Any]]] = []  # of each group
+        found: dict[Any, tuple[jax.stages.Wrapped, Future[Any]]] = {}
         for group in groups:
-            if (program := _program(group)) not in compiled:
+            program = _program(group)
+            if program not in found:
                 # Made here: two threads would make two, and JAX keeps programs by these.
                 writer = _writer_of(group, ranks)
-                compiled[program] = writer, self._pool.submit(_compile, group, ranks)
-        self._programs = [compiled[_program(group)] for group in groups]
+                found[program] = writer, self._pool.submit(_compile, group, ranks)
+            self._programs.append(found[program])
 
     def __enter__(self) -> Self:
         return self
